@@ -1,0 +1,47 @@
+"""Tensor, the ops with their gradients, and gradcheck. Read tensor.py first, then arithmetic.py, then the fused ops."""
+
+from .functions import (
+    add,
+    attention,
+    concatenate,
+    cross_entropy,
+    divide,
+    dropout,
+    embedding,
+    exp,
+    gelu,
+    gelu_tanh,
+    getitem,
+    layer_norm,
+    linear,
+    log,
+    log_softmax,
+    lora_linear,
+    matmul,
+    max,
+    mean,
+    multiply,
+    negate,
+    power,
+    reshape,
+    rms_norm,
+    rotary,
+    silu,
+    softmax,
+    split,
+    sqrt,
+    stack,
+    subtract,
+    sum,
+    swiglu,
+    tanh,
+    transpose,
+    where,
+)
+from .gradcheck import GradcheckError, gradcheck
+from .tensor import Op, Tensor, no_grad, tensor
+
+__all__ = ["GradcheckError", "Op", "Tensor", "add", "attention", "concatenate", "cross_entropy", "divide", "dropout",
+           "embedding", "exp", "gelu", "gelu_tanh", "getitem", "gradcheck", "layer_norm", "linear", "log", "log_softmax",
+           "lora_linear", "matmul", "max", "mean", "multiply", "negate", "no_grad", "power", "reshape", "rms_norm", "rotary",
+           "silu", "softmax", "split", "sqrt", "stack", "subtract", "sum", "swiglu", "tanh", "tensor", "transpose", "where"]

@@ -1,0 +1,115 @@
+"""Softmax, cross-entropy and the norms: whole formulas as one Op, derived by hand.
+
+Each could be composed from the ops of arithmetic.py, and in the tests it is: the composed twin and finite differences both
+judge it. Fused it keeps less and passes over memory less often.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..backend import array_module, kernels
+from .tensor import Op
+
+
+class Softmax(Op):
+    """Softmax over the last axis, y = exp(x - max x) / Σ exp(x - max x).
+
+    ∂y_i/∂x_j = y_i (δ_ij - y_j), so with the cotangent ȳ:   x̄ = y ⊙ (ȳ - ⟨ȳ, y⟩).   Only y is kept.
+    """
+
+    def forward(self, x):                                       # (..., V) -> (..., V)
+        return self.keep(kernels(x).softmax(x))
+
+    def backward(self, dy):                                     # (..., V) -> (..., V)
+        y = self.kept
+        return y * (dy - (dy * y).sum(axis=-1, keepdims=True))
+
+
+class LogSoftmax(Op):
+    """y = x - log Σ exp x over the last axis.
+
+    ∂y_i/∂x_j = δ_ij - p_j with p = exp y, so   x̄ = ȳ - p Σ ȳ.   Only y is kept.
+    """
+
+    def forward(self, x):                                       # (..., V) -> (..., V)
+        return self.keep(x - kernels(x).logsumexp(x)[..., None])
+
+    def backward(self, dy):
+        return dy - array_module(dy).exp(self.kept) * dy.sum(axis=-1, keepdims=True)
+
+
+class CrossEntropy(Op):
+    """Mean cross-entropy of rows of logits against target classes, log-softmax included.
+
+    For one row with target t and label smoothing ε the target distribution is q = (1-ε) δ_t + ε/V, and
+        ℓ = -Σ_i q_i log p_i = log Σ exp x - (1-ε) x_t - (ε/V) Σ_i x_i,        ∂ℓ/∂x = p - q.
+    The loss is Σ_n w_n ℓ_n, with w_n = 1/(number of counted rows), and 0 for a row whose target is `ignore_index`. So
+    x̄_n = w_n (p_n - q_n) ȳ. The logits and one number a row (log Σ exp) are kept; p is computed again in backward.
+
+    With `groups` = K the rows are K equal groups, each with its own mean: the losses of K adapters side by side, shape (K,).
+    """
+
+    def __init__(self, targets: Any, weights: Any, label_smoothing: float = 0.0, groups: int | None = None) -> None:
+        self.targets, self.weights = targets, weights           # (N,) integers, (N,) weights w
+        self.label_smoothing, self.groups = label_smoothing, groups
+
+    def forward(self, logits):                                  # (N, V) -> () or (K,)
+        losses, lse = kernels(logits).cross_entropy(logits, self.targets, self.label_smoothing)
+        self.keep(logits, lse)
+        weighted = losses * self.weights
+        return weighted.sum() if self.groups is None else weighted.reshape(self.groups, -1).sum(axis=1)
+
+    def backward(self, dy):                                     # () or (K,) -> (N, V)
+        logits, lse = self.kept
+        if self.groups is None:
+            weights = self.weights * dy
+        else:
+            weights = (self.weights.reshape(self.groups, -1) * dy[:, None]).reshape(-1)
+        return kernels(logits).cross_entropy_grad(logits, lse, self.targets, weights, self.label_smoothing)
+
+
+class LayerNorm(Op):
+    """y = w ⊙ x̂ + b,   x̂ = (x - μ) ρ,   ρ = 1/√(var x + ε), over the last axis (Ba et al. 2016, arXiv:1607.06450).
+
+    With g = ȳ ⊙ w the gradient through x̂ alone would be ρ g. But μ and ρ depend on x too: shifting x changes nothing, and
+    stretching it changes nothing, so the parts of g along 1 and along x̂ are taken out:
+        x̄ = ρ (g - mean g - x̂ mean(g ⊙ x̂)),    w̄ = Σ ȳ ⊙ x̂,    b̄ = Σ ȳ.      x̂ and ρ are kept.
+    """
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        self.eps = eps
+
+    def forward(self, x, w, b):                                 # (..., D), (D,), (D,) -> (..., D)
+        y, normal, rho = kernels(x).layer_norm(x, w, b, self.eps)
+        self.keep(normal, rho, w)
+        return y
+
+    def backward(self, dy):
+        normal, rho, w = self.kept
+        dx = kernels(dy).layer_norm_grad(dy, normal, rho, w) if self.needs[0] else None
+        dw = (dy * normal).reshape(-1, dy.shape[-1]).sum(axis=0) if self.needs[1] else None
+        db = dy.reshape(-1, dy.shape[-1]).sum(axis=0) if self.needs[2] else None
+        return dx, dw, db
+
+
+class RMSNorm(Op):
+    """y = w ⊙ x̂,   x̂ = x ρ,   ρ = 1/√(mean x² + ε), over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    As in LayerNorm without the mean, with g = ȳ ⊙ w:
+        x̄ = ρ (g - x̂ mean(g ⊙ x̂)),    w̄ = Σ ȳ ⊙ x̂.      x̂ and ρ are kept.
+    """
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        self.eps = eps
+
+    def forward(self, x, w):                                    # (..., D), (D,) -> (..., D)
+        y, normal, rho = kernels(x).rms_norm(x, w, self.eps)
+        self.keep(normal, rho, w)
+        return y
+
+    def backward(self, dy):
+        normal, rho, w = self.kept
+        dx = kernels(dy).rms_norm_grad(dy, normal, rho, w) if self.needs[0] else None
+        dw = (dy * normal).reshape(-1, dy.shape[-1]).sum(axis=0) if self.needs[1] else None
+        return dx, dw

@@ -1,0 +1,158 @@
+"""Products: matmul, the linear layer, and the linear layer with LoRA on it. Nearly all arithmetic of a model is in this file.
+
+Every linear layer is one 2-D product whatever the leading axes of x: n = B·T rows. (A 3-D array times a matrix would be B
+small products, on NumPy and on CuPy.)
+
+W is an array (out, in), or any frozen weight with `linear(x)` and `linear_grad(dy)`, which is how a quantised base
+multiplies without ever having a dense copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..backend import kernels
+from .tensor import Op
+
+
+class MatMul(Op):
+    """y = a b on the last two axes; leading axes broadcast.   ā = ȳ bᵀ,   b̄ = aᵀ ȳ."""
+
+    def forward(self, a, b):                                    # (..., n, k), (..., k, m) -> (..., n, m)
+        self.keep(a if self.needs[1] else None, b if self.needs[0] else None)
+        return kernels(a, b).matmul(a, b)
+
+    def backward(self, dy):
+        a, b = self.kept
+        matmul = kernels(dy).matmul
+        return (matmul(dy, b, tb=True) if self.needs[0] else None,
+                matmul(a, dy, ta=True) if self.needs[1] else None)
+
+
+class Linear(Op):
+    """y = x Wᵀ + b.
+
+    x̄ = ȳ W,   W̄ = ȳᵀ x,   b̄ = Σ ȳ over rows.   x is kept only for W̄: under a frozen weight it is not kept, and no W̄ is
+    computed. W is kept only for x̄.
+    """
+
+    def forward(self, x, W, b):                                 # (..., in), (out, in), (out,) -> (..., out)
+        self.keep(x if self.needs[1] else None, W if self.needs[0] else None)
+        y = product(rows(x), W)
+        if b is not None:
+            y += b
+        return y.reshape((*x.shape[:-1], y.shape[-1]))
+
+    def backward(self, dy):                                     # (..., out)
+        x, W = self.kept
+        dy2 = rows(dy)
+        dx = product_grad(dy2, W).reshape((*dy.shape[:-1], -1)) if self.needs[0] else None
+        dW = kernels(dy).matmul(dy2, rows(x), ta=True) if self.needs[1] else None
+        return dx, dW, dy2.sum(axis=0) if self.needs[2] else None
+
+
+class LoRALinear(Op):
+    """y = x Wᵀ + b + Σ_j s_j (x ⊙ m_j) A_jᵀ B_jᵀ, each term j added to its own rows (output features) of W.
+
+    The terms are the adapters that are active at once, and those on q, k and v, which are row blocks of one packed W.
+    m_j is a mask on the branch's input (dropout, or which rows of the batch use the adapter), None where there is none.
+
+    Gradients (Hu et al. 2021, arXiv:2106.09685; with U = (x ⊙ m) Aᵀ, Z = s ȳ B, both n × r):
+        Ā = Zᵀ (x ⊙ m),    B̄ = s ȳᵀ U,    x̄ = ȳ W + (Z A) ⊙ m.
+    The product ȳᵀ x, as large as W, is never formed for a frozen W.
+
+    Two orders of computation give the same numbers. Thin: the base product, then two thin ones. Formed: W_eff = W + s B A
+    once, used forward and in x̄. The thin order costs 3 n r (in + out) multiply-adds beyond the base products, the formed one
+    r·in·out + 2 n r (in + out), so W_eff is formed when n > in·out / (in + out) (RunLoRA, arXiv:2312.03415), unless there is a
+    mask or the base is not dense.
+
+    With a leading axis K on A (K, r, in) and B (K, out, r), K adapters run side by side: x's rows are K equal groups, and
+    group k sees adapter k alone.
+    """
+
+    def __init__(self, scales: list[Any], blocks: list[slice], masks: list[Any], formed: bool | None = None) -> None:
+        self.scales, self.blocks, self.masks = scales, blocks, masks
+        self.formed = formed                                    # None: by counted FLOPs
+
+    def forward(self, x, W, b, *factors):                       # factors: A_1, B_1, A_2, B_2, …
+        A, sB = factors[::2], [times(s, B) for s, B in zip(self.scales, factors[1::2], strict=True)]
+        groups = A[0].shape[:-2]                                # () or (K,)
+        x2 = rows(x, groups)                                    # (n, in) or (K, n, in)
+        if self.formed is None:
+            self.formed = all(m is None for m in self.masks) and hasattr(W, "dtype") and _forming_pays(x2.shape[-2], A, sB)
+        multiply = kernels(x).matmul
+        U = None
+        if self.formed:
+            W_eff = kernels(x).add_products(W, [(block, s_B, a) for block, s_B, a in zip(self.blocks, sB, A, strict=True)])
+            y = multiply(x2, W_eff, tb=True)
+            self.keep(x, W_eff, sB, A, None)
+        else:
+            y = product(rows(x), W)
+            y = y.reshape((*groups, -1, y.shape[-1]))
+            U = [multiply(masked(x, m, groups), a, tb=True) for a, m in zip(A, self.masks, strict=True)]
+            for u, s_B, block in zip(U, sB, self.blocks, strict=True):
+                y[..., block] += multiply(u, s_B, tb=True)
+            self.keep(x if self.needs[1] or any(self.needs[3::2]) else None, W, sB, A, U)
+        if b is not None:
+            y += b
+        return y.reshape((*x.shape[:-1], y.shape[-1]))
+
+    def backward(self, dy):                                     # (..., out)
+        x, W, sB, A, U = self.kept
+        groups = A[0].shape[:-2]
+        multiply = kernels(dy).matmul
+        dy2 = rows(dy, groups)
+        needs_A, needs_B = self.needs[3::2], self.needs[4::2]
+        if U is None:
+            U = [multiply(rows(x, groups), a, tb=True) if need else None for a, need in zip(A, needs_B, strict=True)]
+        branch = self.needs[0] and not self.formed
+        Z = [multiply(dy2[..., block], s_B) if need or branch else None                     # (n, r)
+             for block, s_B, need in zip(self.blocks, sB, needs_A, strict=True)]
+
+        dx, shape = None, (*dy.shape[:-1], A[0].shape[-1])
+        if self.needs[0] and self.formed:
+            dx = multiply(dy2, W).reshape(shape)
+        elif self.needs[0]:
+            dx = product_grad(rows(dy), W).reshape(shape)
+            for z, a, m in zip(Z, A, self.masks, strict=True):
+                term = multiply(z, a).reshape(shape)
+                dx += term if m is None else term * m
+        dW = multiply(rows(dy), rows(x), ta=True) if self.needs[1] else None
+        db = rows(dy).sum(axis=0) if self.needs[2] else None
+
+        gradients = []
+        for j, (s, m, block) in enumerate(zip(self.scales, self.masks, self.blocks, strict=True)):
+            gradients.append(multiply(Z[j], masked(x, m, groups), ta=True) if needs_A[j] else None)
+            gradients.append(times(s, multiply(dy2[..., block], U[j], ta=True)) if needs_B[j] else None)
+        return dx, dW, db, *gradients
+
+
+def rows(x: Any, groups: tuple[int, ...] = ()) -> Any:
+    """x with its leading axes joined: (..., k) -> (n, k), or (K, n, k) for K groups of rows."""
+    return x.reshape((*groups, -1, x.shape[-1]))
+
+
+def masked(x: Any, mask: Any, groups: tuple[int, ...]) -> Any:
+    return rows(x if mask is None else x * mask, groups)
+
+
+def times(scale: Any, B: Any) -> Any:
+    """s B, where s is a number, or an array (K,) with one scale for each adapter of a sweep."""
+    return B * (scale if isinstance(scale, float) else scale[:, None, None])
+
+
+def product(x: Any, W: Any) -> Any:
+    """x Wᵀ for rows x (n, in) and a weight that is an array (out, in) or multiplies by itself."""
+    return kernels(x).matmul(x, W, tb=True) if hasattr(W, "dtype") else W.linear(x)
+
+
+def product_grad(dy: Any, W: Any) -> Any:
+    """ȳ W, the gradient of x Wᵀ towards x."""
+    return kernels(dy).matmul(dy, W) if hasattr(W, "dtype") else W.linear_grad(dy)
+
+
+def _forming_pays(n: int, A: Any, B: Any) -> bool:
+    """Counted multiply-adds: forming costs Σ r·in·out, and saves Σ n r (in + out)."""
+    forming = sum(a.shape[-2] * a.shape[-1] * b.shape[-2] for a, b in zip(A, B, strict=True))
+    saved = sum(n * a.shape[-2] * (a.shape[-1] + b.shape[-2]) for a, b in zip(A, B, strict=True))
+    return saved > forming

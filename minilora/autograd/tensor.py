@@ -1,0 +1,291 @@
+"""Reverse-mode differentiation: a Tensor remembers the Op that made it, and `backward` walks the Ops from last to first.
+
+An Op is a class with `forward` and `backward` side by side, on plain arrays. Calling an Op on Tensors runs `forward`, and
+notes where its inputs came from (its edges). Every Op takes a number when it is made, and an Op can only use what was made
+before it: so "largest number first" is a valid order for the reverse pass, and no topological sort is needed.
+
+What every gradient needs is done once, here and not in the Ops: summing over broadcast axes, checks of shape, dtype and
+device, adding up where a tensor was used twice, and freeing the graph as the pass goes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy as np
+
+from ..backend import Array, array_module, device_of, to_device, to_host
+
+_grad_enabled: ContextVar[bool] = ContextVar("grad_enabled", default=True)
+_order = itertools.count()
+
+
+@contextmanager
+def no_grad() -> Iterator[None]:
+    """Inside this block no graph is recorded: results have requires_grad=False and nothing is kept for a backward pass."""
+    token = _grad_enabled.set(False)
+    try:
+        yield
+    finally:
+        _grad_enabled.reset(token)
+
+
+class Op:
+    """One application of an operation: `forward` now, `backward` later, and what is kept in between.
+
+    `forward(*arrays)` returns an array (or a tuple of arrays). `self.needs[i]` says whether input i needs a gradient; keep
+    only what those gradients use. `backward(*cotangents)` returns one gradient for each input, by position; None where
+    none is needed. A gradient may have the shape of the broadcast result: the engine sums it down to the input's shape.
+    """
+
+    registry: dict[str, type[Op]] = {}  # every Op there is; the tests require each of them to be gradient-checked
+
+    needs: tuple[bool, ...] = ()
+    kept: Any = None
+
+    def __init_subclass__(cls) -> None:
+        if "backward" in vars(cls):
+            Op.registry[cls.__name__] = cls
+
+    def forward(self, *arrays: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def backward(self, *cotangents: Any) -> Any:
+        raise TypeError(f"{type(self).__name__} has no backward")
+
+    def keep(self, *arrays: Any) -> Any:
+        """Keep arrays for `backward`, where `self.kept` holds them (a tuple if there are several). Returns them."""
+        self.kept = arrays[0] if len(arrays) == 1 else arrays
+        return self.kept
+
+    def __call__(self, *inputs: Any) -> Any:
+        arrays = tuple(x.data if isinstance(x, Tensor) else x for x in inputs)
+        device = _check_inputs(self, arrays)
+        if _grad_enabled.get():
+            self.needs = tuple(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        else:
+            self.needs = (False,) * len(inputs)
+        result = self.forward(*arrays)
+        outputs = result if isinstance(result, tuple) else (result,)
+        outputs = tuple(y if isinstance(y, device.array_type) else device.xp.asarray(y) for y in outputs)
+        recorded = any(self.needs)
+        if recorded:
+            self.order = next(_order)
+            self.n_outputs = len(outputs)
+            # An edge is where the gradient goes: a leaf, or (the Op that made the input, which of its outputs). It does
+            # not hold the input's array, so an input that no gradient uses is freed although the graph lives on.
+            self.edges = tuple(_edge(x) if need else None for x, need in zip(inputs, self.needs, strict=True))
+            self.specs = tuple((x.shape, x.dtype) if need else None for x, need in zip(arrays, self.needs, strict=True))
+        tensors = tuple(Tensor(y, recorded, self if recorded else None, i) for i, y in enumerate(outputs))
+        return tensors if isinstance(result, tuple) else tensors[0]
+
+    def pull(self, cotangents: list[Array | None], retain_graph: bool) -> Iterator[tuple[Any, Array]]:
+        """Run `backward` and yield (edge, gradient) for each input that needs one, its shape and dtype checked."""
+        if self.edges is None:
+            raise RuntimeError(f"backward through {type(self).__name__} a second time, but its graph was freed by the first; "
+                               "call backward(retain_graph=True) the first time, or run the forward pass again")
+        gradients = self.backward(*cotangents)
+        gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+        edges, specs = self.edges, self.specs
+        if not retain_graph:
+            self.kept = self.edges = self.specs = None
+        for i, (edge, spec) in enumerate(zip(edges, specs, strict=True)):
+            if edge is None:
+                continue
+            shape, dtype = spec
+            gradient = None if gradients[i] is None else unbroadcast(gradients[i], shape)
+            if gradient is None or gradient.shape != shape or gradient.dtype != dtype:
+                got = "None" if gradient is None else f"{gradient.shape} {gradient.dtype}"
+                raise RuntimeError(f"{type(self).__name__}.backward returned {got} for input {i}, expected {shape} {dtype}: "
+                                   "the operation's backward is wrong")
+            yield edge, gradient
+
+
+class Tensor:
+    """An array that may require a gradient.
+
+    `data` is a plain NumPy or CuPy array; `grad`, an array of the same shape, is filled on leaves (tensors that no Op made)
+    by `backward`, and added to when it is there already.
+    """
+
+    __slots__ = ("__weakref__", "data", "grad", "index", "op", "requires_grad")
+    __array_ufunc__ = None  # numpy_array * tensor comes to Tensor.__rmul__ instead of looping over elements
+
+    def __init__(self, data: Array, requires_grad: bool = False, op: Op | None = None, index: int = 0) -> None:
+        self.data = data
+        self.grad: Array | None = None
+        self.requires_grad = requires_grad
+        self.op = op        # the Op that made this tensor; None on a leaf
+        self.index = index  # which of that Op's outputs it is
+
+    shape = property(lambda self: self.data.shape)
+    dtype = property(lambda self: self.data.dtype)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+    T = property(lambda self: self.transpose())
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __repr__(self) -> str:
+        note = ", requires_grad=True" if self.requires_grad else ""
+        return f"tensor({np.array2string(to_host(self.data), precision=4, prefix='tensor(')}{note})"
+
+    def item(self) -> float:
+        """The value of a one-element tensor as a Python number. Waits for the device."""
+        return to_host(self.data).item()
+
+    def detach(self) -> Tensor:
+        """The same array, cut off from the graph."""
+        return Tensor(self.data)
+
+    def backward(self, grad: Any = None, retain_graph: bool = False) -> None:
+        """Add ∂(Σ grad ⊙ self)/∂leaf to the `.grad` of every leaf that requires it.
+
+        grad: the cotangent, same shape as self; may be left out (then 1) for a one-element tensor. The graph is freed as the
+        pass goes, unless retain_graph=True; going through a freed graph again raises RuntimeError.
+        """
+        if not self.requires_grad:
+            raise RuntimeError("backward on a tensor that does not require a gradient: no input or parameter on the way to it "
+                               "has requires_grad=True (or it was computed inside no_grad)")
+        xp = array_module(self.data)
+        if grad is None:
+            if self.size != 1:
+                raise ValueError(f"backward without a cotangent needs a one-element tensor, got shape {self.shape}: "
+                                 "sum it first, or give backward(grad) an array of that shape")
+            grad = xp.ones_like(self.data)
+        grad = to_device(grad.data if isinstance(grad, Tensor) else grad, device_of(self.data).name)
+        if grad.shape != self.shape:
+            raise ValueError(f"cotangent of shape {grad.shape}, expected the tensor's own shape {self.shape}")
+
+        cotangents: dict[Op, list[Array | None]] = {}  # of the Ops still to come: one slot for each output
+        queue: list[tuple[int, Op]] = []               # largest order first
+
+        def send(edge: Any, gradient: Array, source: Array | None) -> None:
+            if isinstance(edge, Tensor):
+                _accumulate(edge, gradient, source)
+                return
+            op, index = edge
+            if op not in cotangents:
+                cotangents[op] = [None] * op.n_outputs
+                heapq.heappush(queue, (-op.order, op))
+            held = cotangents[op][index]
+            cotangents[op][index] = gradient if held is None else held + gradient
+
+        send(_edge(self), grad, grad)
+        while queue:
+            op = heapq.heappop(queue)[1]
+            dys = cotangents.pop(op)
+            for edge, gradient in op.pull(dys, retain_graph):
+                send(edge, gradient, dys[0])
+
+    # Python's signs and the array methods, each one Op of functions.py.
+    def __add__(self, other: Any) -> Tensor:
+        return functions.add(self, other)
+
+    def __sub__(self, other: Any) -> Tensor:
+        return functions.subtract(self, other)
+
+    def __mul__(self, other: Any) -> Tensor:
+        return functions.multiply(self, other)
+
+    def __truediv__(self, other: Any) -> Tensor:
+        return functions.divide(self, other)
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return functions.matmul(self, other)
+
+    def __rsub__(self, other: Any) -> Tensor:
+        return functions.subtract(other, self)
+
+    def __rtruediv__(self, other: Any) -> Tensor:
+        return functions.divide(other, self)
+
+    def __rmatmul__(self, other: Any) -> Tensor:
+        return functions.matmul(other, self)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __neg__(self) -> Tensor:
+        return functions.negate(self)
+
+    def __pow__(self, exponent: float) -> Tensor:
+        return functions.power(self, exponent)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return functions.getitem(self, index)
+
+    def sum(self, axis: Any = None, keepdims: bool = False) -> Tensor:
+        return functions.sum(self, axis, keepdims)
+
+    def mean(self, axis: Any = None, keepdims: bool = False) -> Tensor:
+        return functions.mean(self, axis, keepdims)
+
+    def max(self, axis: Any = None, keepdims: bool = False) -> Tensor:
+        return functions.max(self, axis, keepdims)
+
+    def reshape(self, *shape: int) -> Tensor:
+        return functions.reshape(self, shape)
+
+    def transpose(self, *axes: int) -> Tensor:
+        return functions.transpose(self, axes or None)
+
+
+def tensor(array: Any, requires_grad: bool = False) -> Tensor:
+    """A Tensor on the current device, holding its own copy of `array`.
+
+    Arrays keep their dtype; Python numbers and lists of floats become float32. Raises TypeError if a gradient is asked for
+    and the values are not floating-point.
+    """
+    if isinstance(array, Tensor):
+        array = array.data
+    if isinstance(array, (float, list, tuple)):
+        array = np.asarray(array)
+        array = array.astype(np.float32) if array.dtype == np.float64 else array
+    data = to_device(np.asarray(array) if isinstance(array, (int, bool)) else array).copy()
+    if requires_grad and data.dtype.kind not in "fc":
+        raise TypeError(f"only floating-point tensors can require a gradient, got {data.dtype}: use array.astype('float32')")
+    return Tensor(data, requires_grad)
+
+
+def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
+    """Sum a gradient over the axes along which its input was broadcast: the adjoint of broadcasting copies, so it adds."""
+    if gradient.shape == shape:
+        return gradient
+    gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape)))) if gradient.ndim > len(shape) else gradient
+    stretched = tuple(i for i, (have, want) in enumerate(zip(gradient.shape, shape, strict=True)) if have != want == 1)
+    return gradient.sum(axis=stretched, keepdims=True) if stretched else gradient
+
+
+def _edge(x: Tensor) -> Any:
+    return x if x.op is None else (x.op, x.index)
+
+
+def _accumulate(leaf: Tensor, gradient: Array, source: Array | None) -> None:
+    """Add to a leaf's grad. It must own its array: a view, or the cotangent itself, may be somebody else's too."""
+    if leaf.grad is not None:
+        leaf.grad = leaf.grad + gradient
+    elif gradient is source or getattr(gradient, "base", None) is not None:
+        leaf.grad = gradient.copy()
+    else:
+        leaf.grad = gradient
+
+
+def _check_inputs(op: Op, arrays: tuple[Any, ...]) -> Any:
+    """One device for all inputs, and one floating-point precision (complex128 counts as float64). Returns the device."""
+    owned = [a for a in arrays if hasattr(a, "dtype")]
+    device = device_of(*owned)
+    widths = {a.dtype.itemsize // (2 if a.dtype.kind == "c" else 1) for a in owned if a.dtype.kind in "fc"}
+    if len(widths) > 1:
+        kinds = " and ".join(sorted({str(a.dtype) for a in owned if a.dtype.kind in "fc"}))
+        raise TypeError(f"{type(op).__name__} got {kinds} together: convert one with .astype(...) so that both agree "
+                        "(float32 to train, float64 to check)")
+    return device
+
+
+from . import functions  # noqa: E402  at the end, because the Ops need Tensor and Op first

@@ -1,0 +1,19 @@
+"""NumPy or CuPy under the same lines. The only folder that imports CuPy."""
+
+from .device import (
+    Array,
+    Device,
+    array_module,
+    current_device,
+    device_of,
+    get_device,
+    host_rng,
+    kernels,
+    register_device,
+    set_device,
+    to_device,
+    to_host,
+)
+
+__all__ = ["Array", "Device", "array_module", "current_device", "device_of", "get_device", "host_rng", "kernels",
+           "register_device", "set_device", "to_device", "to_host"]
