@@ -1,0 +1,142 @@
+"""The layers with weights: Linear, PackedLinear, Embedding, LayerNorm, RMSNorm; and Dropout.
+
+A Linear or Embedding carries at most one `adaptation`: the object, made by lora/, that computes the layer's output when
+adapters are on it. This file knows nothing more about adapters than that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..autograd import Tensor, dropout, embedding, layer_norm, linear, rms_norm
+from ..autograd.shaping import RowBlocks
+from ..backend import Array, to_device
+from .module import Module, Parameter
+
+
+class Linear(Module):
+    """y = x Wᵀ + b with weight (out, in), an array or a Parameter to share, and bias (out,) or None.
+
+    In place of a Parameter the weight may be a frozen one with dense(), linear(x) and linear_grad(dy): a quantised base.
+    """
+
+    def __init__(self, weight: Array | Parameter, bias: Array | None = None) -> None:
+        self.weight: Any = weight if isinstance(weight, Parameter) else Parameter(weight)
+        self.bias = None if bias is None else Parameter(bias)
+        self.adaptation: Any = None
+
+    def parts(self) -> list[tuple[slice, Linear]]:
+        """(rows of the product, the layer that owns them): for a plain layer, itself."""
+        return [(slice(0, self.weight.shape[0]), self)]
+
+    def forward(self, x: Tensor) -> Tensor:                        # (..., in) -> (..., out)
+        adapted = [(block, layer.adaptation) for block, layer in self.parts() if layer.adaptation is not None]
+        if adapted:
+            return adapted[0][1].forward(x, self, adapted)
+        return linear(x, self.weight, self.bias)
+
+
+class PackedLinear(Linear):
+    """Several Linear layers on one input as one product: the row blocks of one packed weight (q, k and v of attention).
+
+    Each block is a Linear of its own, whose weight is a view of the packed one: writing to either writes to both. Adapters
+    sit on a block (`q_proj`) or on the whole (`qkv_proj`).
+    """
+
+    def __init__(self, weight: Array, bias: Array | None, sizes: dict[str, int]) -> None:
+        self.packed_weight, self.packed_bias, self.sizes = weight, bias, sizes
+        self.blocks = {}
+        for name, block in self._slices().items():
+            self.blocks[name] = Linear(weight[block], None if bias is None else bias[block])
+        self.adaptation: Any = None
+
+    def _slices(self) -> dict[str, slice]:
+        slices, start = {}, 0
+        for name, size in self.sizes.items():
+            slices[name] = slice(start, start + size)
+            start += size
+        return slices
+
+    @property
+    def weight(self) -> Any:
+        """The packed weight: with gradients for the blocks that require one, else a constant."""
+        weights = [b.weight for b in self.blocks.values()]
+        trained = any(w.requires_grad for w in weights)
+        return RowBlocks(self.packed_weight)(*weights) if trained else Tensor(self.packed_weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        if self.packed_bias is None:
+            return None
+        biases = [b.bias for b in self.blocks.values()]
+        trained = any(b.requires_grad for b in biases)
+        return RowBlocks(self.packed_bias)(*biases) if trained else Tensor(self.packed_bias)
+
+    def parts(self) -> list[tuple[slice, Linear]]:
+        slices = self._slices()
+        return [(slice(0, self.packed_weight.shape[0]), self), *((slices[n], b) for n, b in self.blocks.items())]
+
+    def move(self, device: str) -> None:
+        self.packed_weight = to_device(self.packed_weight, device)
+        self.packed_bias = None if self.packed_bias is None else to_device(self.packed_bias, device)
+        self._view_blocks()
+
+    def _view_blocks(self) -> None:
+        for name, block in self._slices().items():
+            layer = self.blocks[name]
+            layer.weight.data = self.packed_weight[block]
+            if layer.bias is not None:
+                layer.bias.data = self.packed_bias[block]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """After copying or unpickling, where views became arrays of their own, make the blocks views again."""
+        vars(self).update(state)
+        self._view_blocks()
+
+
+class Embedding(Module):
+    """Rows of a table: ids (...) -> (..., D), weight (V, D)."""
+
+    def __init__(self, weight: Array) -> None:
+        self.weight = Parameter(weight)
+        self.adaptation: Any = None
+
+    def forward(self, ids: Array) -> Tensor:
+        if self.adaptation is not None:
+            return self.adaptation.look_up(ids, self)
+        return embedding(ids, self.weight)
+
+
+class LayerNorm(Module):
+    """Layer norm over the last axis, weight and bias (D,)."""
+
+    def __init__(self, dim: int, eps: float, dtype: str) -> None:
+        self.weight = Parameter(to_device(np.ones(dim, dtype)))
+        self.bias = Parameter(to_device(np.zeros(dim, dtype)))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(Module):
+    """RMS norm over the last axis, weight (D,)."""
+
+    def __init__(self, dim: int, eps: float, dtype: str) -> None:
+        self.weight = Parameter(to_device(np.ones(dim, dtype)))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Dropout(Module):
+    """In training, zero each element with probability p and divide the others by 1-p; the identity in evaluation."""
+
+    def __init__(self, p: float, rng: np.random.Generator) -> None:
+        self.p, self.rng = p, rng
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.rng) if self.training and self.p else x

@@ -1,0 +1,129 @@
+"""The Transformer: token ids in, logits out. One class for the GPT-2, BERT and Llama forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..autograd import Tensor, tanh
+from ..autograd.functions import check_ids
+from ..backend import Array, device_of, host_rng, to_device, to_host
+from .blocks import NORMS, Init, KVCache, Rope, Run, build_layer, unrotated
+from .config import TransformerConfig
+from .layers import Dropout, Embedding, Linear
+from .module import Module
+
+
+class Transformer(Module):
+    """embed -> layers -> norm -> head.
+
+    Paths of its modules: embed, pos_embed, type_embed, embed_norm, layers.{i}.attn.{q,k,v,o}_proj,
+    layers.{i}.mlp.{up,down,gate}_proj, layers.{i}.{attn,mlp}_norm, final_norm, head, pooler, classifier.
+
+    seed: of the initial weights and of dropout, drawn on the host. dtype: "float32" to train, "float64" to check.
+    """
+
+    def __init__(self, cfg: TransformerConfig, seed: int = 0, dtype: str = "float32") -> None:
+        self.cfg = cfg
+        self.rng = host_rng(seed)
+        init = Init(self.rng, dtype)
+        D = cfg.d_model
+        learned = cfg.position == "learned"
+        self.embed = Embedding(init.normal(cfg.vocab_size, D))
+        self.pos_embed = Embedding(init.normal(cfg.max_len, D)) if learned else None
+        self.type_embed = Embedding(init.normal(cfg.n_token_types, D)) if cfg.n_token_types else None
+        self.embed_norm = None if cfg.norm_first else NORMS[cfg.norm](D, cfg.norm_eps, dtype)
+        self.embed_dropout = Dropout(cfg.dropout, self.rng)
+        rotate = unrotated if learned else Rope(cfg, dtype)
+        self.layers = [build_layer(cfg, init, rotate, i) for i in range(cfg.n_layers)]
+        self.final_norm = NORMS[cfg.norm](D, cfg.norm_eps, dtype) if cfg.norm_first else None
+        if cfg.head == "lm":
+            self.head = Linear(self.embed.weight if cfg.tie_embeddings else init.normal(cfg.vocab_size, D))
+        else:
+            self.pooler = init.linear(D, D, True) if cfg.head == "sequence" and not cfg.causal else None
+            self.classifier = init.linear(D, cfg.n_labels, not cfg.causal)
+        self.answer = {"lm": self.lm_logits, "sequence": self.sequence_logits, "token": self.token_logits}[cfg.head]
+
+    def __call__(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None,
+                 adapter_names: Sequence[str] | None = None, cache: list[KVCache] | None = None) -> Tensor:
+        """Logits for token ids (B, T): (B, T, V), or by the config's head (B, n_labels) or (B, T, n_labels).
+
+        attention_mask (B, T): 0 marks padding, which nobody attends to. token_type_ids (B, T): BERT's segments, 0 if left
+        out. adapter_names: for each row of the batch the adapter it uses, "__base__" for none. cache: from `new_cache`, for
+        generation: the ids continue the sequence that the cache holds.
+
+        Raises IndexError for an id outside the vocabulary, ValueError for a sequence longer than max_len or masks and names
+        that do not fit the batch.
+        """
+        with self._rows_use(adapter_names, len(ids)):
+            x = self.hidden(ids, attention_mask=attention_mask, token_type_ids=token_type_ids, cache=cache)
+            return self.answer(x, attention_mask)
+
+    def hidden(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None,
+               cache: list[KVCache] | None = None) -> Tensor:
+        """The last hidden states (B, T, D), before the head. Arguments as in calling the model."""
+        shape = np.shape(to_host(ids))
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(f"ids of shape {shape}, expected (B, T) with at least one token; one sequence is ids[None, :]")
+        start = 0 if cache is None else cache[0].start
+        T = shape[1]
+        if start + T > self.cfg.max_len:
+            raise ValueError(f"sequence of {start + T} tokens, expected at most max_len = {self.cfg.max_len}: cut or split it")
+        run = Run(self._key_mask(attention_mask, (shape[0], start + T)), start, cache)
+        x = self.embed(check_ids(ids, self.cfg.vocab_size, self.embed.weight))
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(self._on_device(np.arange(start, start + T)))
+        if self.type_embed is not None:
+            types = np.zeros(shape, np.int64) if token_type_ids is None else token_type_ids
+            x = x + self.type_embed(check_ids(types, self.cfg.n_token_types, self.embed.weight))
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        x = self.embed_dropout(x)
+        for layer in self.layers:
+            x = layer(x, run)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def lm_logits(self, x: Tensor, mask: Any) -> Tensor:          # (B, T, D) -> (B, T, V)
+        return self.head(x)
+
+    def token_logits(self, x: Tensor, mask: Any) -> Tensor:       # (B, T, D) -> (B, T, n_labels)
+        return self.classifier(x)
+
+    def sequence_logits(self, x: Tensor, mask: Any) -> Tensor:    # (B, T, D) -> (B, n_labels)
+        if self.pooler is not None:
+            return self.classifier(tanh(self.pooler(x[:, 0])))
+        T = x.shape[1]
+        last = np.full(x.shape[0], T - 1) if mask is None else T - 1 - np.argmax(to_host(mask)[:, ::-1] != 0, axis=1)
+        return self.classifier(x[np.arange(x.shape[0]), last])
+
+    def new_cache(self) -> list[KVCache]:
+        """An empty key-value cache for `model(ids, cache=...)`."""
+        return [KVCache(self.cfg.max_len) for _ in self.layers]
+
+    @contextmanager
+    def _rows_use(self, names: Sequence[str] | None, batch: int) -> Iterator[None]:
+        """Tell every adapted layer which adapter each row of the batch uses, for the time of one forward pass."""
+        adaptations = [m.adaptation for _, m in self.named_modules() if getattr(m, "adaptation", None) is not None]
+        if names is not None and len(names) != batch:
+            raise ValueError(f"{len(names)} adapter names for a batch of {batch} rows: give one for each row")
+        unknown = set(names or ()) - {"__base__"} - {name for a in adaptations for name in a.adapters}
+        if unknown:
+            raise ValueError(f"no adapter named {sorted(unknown)[0]!r} on this model: add or load it first")
+        for a in adaptations:
+            a.row_names = names
+        try:
+            yield
+        finally:
+            for a in adaptations:
+                a.row_names = None
+
+    def _key_mask(self, mask: Any, shape: tuple[int, int]) -> Array | None:
+        if mask is not None and np.shape(to_host(mask)) != shape:
+            raise ValueError(f"attention_mask of shape {np.shape(to_host(mask))}, expected {shape}, one entry for each key")
+        return None if mask is None else self._on_device(mask)
+
+    def _on_device(self, array: Any) -> Array:
+        return to_device(to_host(array), device_of(self.embed.weight.data).name)
