@@ -32,9 +32,8 @@ class Linear(Module):
         return [(slice(0, self.weight.shape[0]), self)]
 
     def forward(self, x: Tensor) -> Tensor:                        # (..., in) -> (..., out)
-        adapted = [(block, layer.adaptation) for block, layer in self.parts() if layer.adaptation is not None]
-        if adapted:
-            return adapted[0][1].forward(x, self, adapted)
+        if self.adaptation is not None:
+            return self.adaptation.forward(x, self)
         return linear(x, self.weight, self.bias)
 
 

@@ -40,6 +40,7 @@ class Transformer(Module):
         rotate = unrotated if learned else Rope(cfg, dtype)
         self.layers = [build_layer(cfg, init, rotate, i) for i in range(cfg.n_layers)]
         self.final_norm = NORMS[cfg.norm](D, cfg.norm_eps, dtype) if cfg.norm_first else None
+        self.head = self.pooler = self.classifier = None
         if cfg.head == "lm":
             self.head = Linear(self.embed.weight if cfg.tie_embeddings else init.normal(cfg.vocab_size, D))
         else:

@@ -1,0 +1,126 @@
+"""LoraConfig, with PEFT's names, meanings and defaults; and which modules of a model it means."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..nn import Embedding, Linear, PackedLinear, Transformer
+from ..nn.names import DEFAULT_TARGETS, file_names
+
+
+@dataclass
+class LoraConfig:
+    """What LoRA to put where.
+
+    r: the rank; lora_alpha α: the update is scaled by s = α/r, or α/√r with use_rslora (arXiv:2312.03732). lora_dropout: on
+    the branch's input, in training. target_modules: names or path suffixes (a list), a regex that must match a whole path (a
+    string), "all-linear" (every linear layer but the head), or None for PEFT's default (q and v; GPT-2: the packed qkv).
+    Our module names and the file names of the model's architecture (`query`, `c_attn` …) both count. exclude_modules: the
+    same forms, taken out again. rank_pattern, alpha_pattern: module name or regex -> r or α where they differ.
+    init_lora_weights: True (A uniform in ±1/√in, B = 0), "gaussian" (A normal with standard deviation 1/r, B = 0), or False
+    (B random too, to test). modules_to_save: layers that are trained whole and saved with the adapter; a classifier always
+    is. layers_to_transform: the layer numbers to adapt (None: all).
+
+    Raises ValueError, naming the field, for values out of range.
+    """
+
+    method: ClassVar[str] = "lora"                         # the registered adaptation (see layer.py)
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+
+    def __post_init__(self) -> None:
+        for where, r in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"rank {where} = {r!r}: expected a whole number of at least 1")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout = {self.lora_dropout}: expected 0 <= p < 1")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: expected True, False or 'gaussian'")
+
+    def rank(self, names: tuple[str, ...]) -> int:
+        """The rank of the module that has these names."""
+        return _by_pattern(self.rank_pattern, names, self.r)
+
+    def scale(self, names: tuple[str, ...]) -> float:
+        """s = α/r, or α/√r with use_rslora, of the module that has these names."""
+        alpha, r = _by_pattern(self.alpha_pattern, names, self.lora_alpha), self.rank(names)
+        return alpha / (r**0.5 if self.use_rslora else r)
+
+
+def find_targets(model: Transformer, config: LoraConfig) -> list[tuple[str, tuple[str, ...], Linear | Embedding]]:
+    """(path, its names, layer) of every module that the config targets.
+
+    Raises ValueError if a name or pattern matches nothing, or no module is left.
+    """
+    candidates = module_names(model)
+    targets = config.target_modules
+    if targets is None:
+        targets = list(DEFAULT_TARGETS.get(model.cfg.model_type or "", ("q_proj", "v_proj")))
+    if targets == "all-linear":
+        chosen = _all_linear(model, candidates)
+    else:
+        chosen = {path for path, names in candidates.items() if _matches(targets, names)}
+        for target in targets if isinstance(targets, (list, tuple, set)) else [targets]:
+            if not any(_matches(target if isinstance(targets, str) else [target], n) for n in candidates.values()):
+                known = sorted({path.rpartition(".")[2] for path in candidates})
+                raise ValueError(f"target module {target!r} is not in this model: expected one of {', '.join(known)}, a path, "
+                                 "a regex, or 'all-linear'")
+    if config.exclude_modules is not None:
+        chosen = {path for path in chosen if not _matches(config.exclude_modules, candidates[path])}
+    if config.layers_to_transform is not None:
+        wanted = config.layers_to_transform
+        layers = {wanted} if isinstance(wanted, int) else set(wanted)
+        chosen = {path for path in chosen if path.startswith("layers.") and int(path.split(".")[1]) in layers}
+    if not chosen:
+        raise ValueError("no module is left to adapt: look at target_modules, exclude_modules and layers_to_transform")
+    modules = dict(model.named_modules())
+    return [(path, names, modules[path]) for path, names in candidates.items() if path in chosen]
+
+
+def module_names(model: Transformer) -> dict[str, tuple[str, ...]]:
+    """Path -> (our path, the file's path if there is one) of every Linear and Embedding, adapters aside."""
+    files = file_names(model.cfg)
+    names = {path: (path, files[path]) if path in files else (path,)
+             for path, module in model.named_modules() if isinstance(module, (Linear, Embedding))}
+    return {path: n for path, n in names.items() if ".blocks." not in path}
+
+
+def _all_linear(model: Transformer, candidates: dict[str, tuple[str, ...]]) -> set[str]:
+    """Every Linear but head and classifier. q, k and v count as the files have them: packed (GPT-2) or apart."""
+    modules, files = dict(model.named_modules()), file_names(model.cfg)
+    packed_in_files = any(path.endswith("qkv_proj") for path in files)
+    blocks = {id(b) for m in modules.values() if isinstance(m, PackedLinear) for b in m.blocks.values()}
+    chosen = set()
+    for path in candidates:
+        module = modules[path]
+        if not isinstance(module, Linear) or path in ("head", "classifier"):
+            continue
+        if isinstance(module, PackedLinear) == packed_in_files or not (isinstance(module, PackedLinear) or id(module) in blocks):
+            chosen.add(path)
+    return chosen
+
+
+def _matches(target: list[str] | str, names: tuple[str, ...]) -> bool:
+    """A string is a regex for the whole path; a list holds names and path suffixes."""
+    if isinstance(target, str):
+        return any(re.fullmatch(target, name) for name in names)
+    return any(name == t or name.endswith(f".{t}") for name in names for t in target)
+
+
+def _by_pattern(pattern: dict[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    for key, value in pattern.items():
+        if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
+            return value
+    return default

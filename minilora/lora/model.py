@@ -1,0 +1,256 @@
+"""Adapters on a model: add, choose, scale, disable, merge, delete, count.
+
+The base is never destroyed: its arrays stay bit for bit, a merge keeps a copy, and nothing merges as a side effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+
+from ..autograd import no_grad
+from ..backend import host_rng
+from ..nn import Embedding, Linear, Module, PackedLinear, Parameter, Transformer
+from .config import LoraConfig, find_targets, module_names
+from .layer import METHODS, Adaptation, adapted, working_terms
+
+
+def add_adapter(model: Transformer, config: LoraConfig, name: str = "default", seed: int = 0) -> None:
+    """Put a new adapter on every module that the config targets, and make it the active one; the base is frozen.
+
+    seed: of the adapter's initial values and dropout. Raises ValueError if the name is taken, nothing matches, or the rank
+    does not fit a module; then the model is unchanged.
+    """
+    if not name or "." in name:
+        raise ValueError(f"adapter name {name!r}: expected a non-empty name without dots")
+    if name in adapter_names(model):
+        raise ValueError(f"the model already has an adapter {name!r}: choose another name, or delete_adapter(model, {name!r})")
+    _refuse_merged(model, "add an adapter")
+    rng = host_rng(seed)
+    new = []
+    for path, names, layer in find_targets(model, config):
+        kind = METHODS.get((config.method, Embedding if isinstance(layer, Embedding) else Linear))
+        if kind is None:
+            raise ValueError(f"method {config.method!r} cannot adapt {path}, a {type(layer).__name__}")
+        new.append((layer, kind(layer, config, names, rng)))
+    for path, names, layer in _modules_to_save(model, config):
+        new.append((layer, METHODS["replace", Linear](layer, config, names, rng)))
+    for layer, adapter in new:
+        for part in _product(model, layer), layer:
+            part.adaptation = part.adaptation or Adaptation()
+        layer.adaptation.adapters[name] = adapter
+        adapter.training = model.training
+    model.adapter_configs = {**getattr(model, "adapter_configs", {}), name: deepcopy(config)}
+    set_adapter(model, name)
+
+
+def set_adapter(model: Transformer, names: str | Sequence[str] | None) -> None:
+    """Make these adapters the active ones (their updates add up), and the only ones that train; None: the plain base.
+
+    Raises KeyError for a name that the model does not have, ValueError while adapters are merged.
+    """
+    wanted = [] if names is None else [names] if isinstance(names, str) else list(names)
+    _check_names(model, wanted)
+    _refuse_merged(model, "set_adapter")
+    model.freeze()
+    for adaptation in adaptations(model):
+        adaptation.active = [name for name in wanted if name in adaptation.adapters]
+        for name in adaptation.active:
+            adaptation.adapters[name].unfreeze()
+
+
+def delete_adapter(model: Transformer, name: str) -> None:
+    """Remove an adapter. Raises KeyError if there is none of that name, ValueError while adapters are merged."""
+    _check_names(model, [name])
+    _refuse_merged(model, "delete_adapter")
+    model.adapter_configs.pop(name)
+    layers = [m for _, m in model.named_modules() if getattr(m, "adaptation", None) is not None]
+    for layer in layers:
+        layer.adaptation.adapters.pop(name, None)
+        layer.adaptation.active = [n for n in layer.adaptation.active if n != name]
+    for layer in layers:
+        parts = layer.parts() if isinstance(layer, Linear) else [(None, layer)]
+        if not any(part.adaptation is not None and part.adaptation.adapters for _, part in parts):
+            layer.adaptation = None
+
+
+def set_scale(model: Transformer, name: str, scale: float) -> None:
+    """Multiply an adapter's whole update by `scale`: 1 as trained (s = α/r), 0 off, negative to subtract it."""
+    _check_names(model, [name])
+    _refuse_merged(model, "set_scale")
+    for adaptation in adaptations(model):
+        if name in adaptation.adapters:
+            adaptation.adapters[name].strength = float(scale)
+
+
+@contextmanager
+def disable_adapter(model: Transformer) -> Iterator[None]:
+    """Inside this block the model is its base, bit for bit, also while adapters are merged."""
+    layers, found = list(_products(model)), adaptations(model)
+    was_enabled, held = [a.enabled for a in found], []
+    for layer in layers:
+        if layer.adaptation.saved is not None:
+            held.append((layer, [a.copy() for a in _arrays(layer)]))
+            _write(layer, layer.adaptation.saved)
+    for a in found:
+        a.enabled = False
+    try:
+        yield
+    finally:
+        for a, enabled in zip(found, was_enabled, strict=True):
+            a.enabled = enabled
+        for layer, arrays in held:
+            _write(layer, arrays)
+
+
+def merge_adapter(model: Transformer) -> None:
+    """Write W' of the active adapters into every layer, so that they cost nothing at inference.
+
+    The base's arrays are kept beside (memory: once more the adapted layers), so unmerge_adapter restores them bit for bit.
+    Merging twice is merging once. A merged embedding is untied from the head, whose weight is still the base's.
+    Raises ValueError if the result is not finite; then nothing is merged.
+    """
+    results = []
+    for layer in _products(model):
+        if layer.adaptation.saved is not None:
+            continue
+        with no_grad():
+            values = _merged(layer)
+        if values is not None:
+            if not all(np.isfinite(float(abs(v).sum())) for v in values):
+                raise ValueError("merge: the merged weight has values that are not finite; did training diverge?")
+            results.append((layer, values))
+    for layer, values in results:
+        if layer is model.embed and model.head is not None and model.head.weight is layer.weight:
+            model.head.weight = Parameter(layer.weight.data.copy(), requires_grad=False)
+        saved = [a.copy() for a in _arrays(layer)]
+        for part in _parts(layer):
+            if part.adaptation is not None:
+                part.adaptation.saved = saved
+        _write(layer, values)
+
+
+def unmerge_adapter(model: Transformer) -> None:
+    """Undo merge_adapter: every weight is again exactly what it was. Without a merge, nothing happens."""
+    for layer in _products(model):
+        if layer.adaptation.saved is not None:
+            _write(layer, layer.adaptation.saved)
+            for part in _parts(layer):
+                if part.adaptation is not None:
+                    part.adaptation.saved = None
+            if layer is model.embed and model.head is not None and model.cfg.tie_embeddings:
+                model.head.weight = layer.weight
+
+
+def merge_and_unload(model: Transformer) -> Transformer:
+    """A new plain Transformer, without adapters, whose weights are the merged ones. `model` stays as it is."""
+    was_merged = any(a.saved is not None for a in adaptations(model))
+    merge_adapter(model)
+    try:
+        cfg = deepcopy(model.cfg)
+        cfg.tie_embeddings = model.head is not None and model.head.weight is model.embed.weight
+        plain = Transformer(cfg, dtype=str(model.embed.weight.dtype))
+        own = {path for path, _ in plain.named_parameters()}
+        plain.load_state_dict({path: value for path, value in model.state_dict().items() if path in own})
+    finally:
+        if not was_merged:
+            unmerge_adapter(model)
+    return plain.train(model.training)
+
+
+def count_parameters(model: Module) -> dict[str, Any]:
+    """{"trainable", "total", "share"}: how many numbers the model holds (adapters included), and how many of them train."""
+    sizes = [(p.size, p.requires_grad) for _, p in model.named_parameters()]
+    total, trainable = sum(s for s, _ in sizes), sum(s for s, t in sizes if t)
+    return {"trainable": trainable, "total": total, "share": trainable / total}
+
+
+def adapter_names(model: Transformer) -> list[str]:
+    """The adapters on a model, in the order in which they came."""
+    return list(getattr(model, "adapter_configs", {}))
+
+
+def adapters_of(model: Transformer, name: str = "default") -> dict[str, Any]:
+    """Module path -> Adapter, for one adapter. Raises KeyError if the model has none of that name."""
+    _check_names(model, [name])
+    modules = dict(model.named_modules())
+    return {path: modules[path].adaptation.adapters[name] for path in module_names(model)
+            if modules[path].adaptation is not None and name in modules[path].adaptation.adapters}
+
+
+def adaptations(model: Module) -> list[Adaptation]:
+    """What hangs on the layers of a model."""
+    return [m for _, m in model.named_modules() if isinstance(m, Adaptation)]
+
+
+def _modules_to_save(model: Transformer, config: LoraConfig) -> Iterator[tuple[str, tuple[str, ...], Linear]]:
+    wanted = list(config.modules_to_save or ())
+    if model.classifier is not None and "classifier" not in wanted:
+        wanted.append("classifier")
+    names, modules = module_names(model), dict(model.named_modules())
+    for name in wanted:
+        paths = [path for path, known in names.items() if any(n == name or n.endswith(f".{name}") for n in known)]
+        if not paths or not all(isinstance(modules[path], Linear) for path in paths):
+            raise ValueError(f"modules_to_save: {name!r} is no linear layer of this model")
+        yield from ((path, names[path], modules[path]) for path in paths)
+
+
+def _products(model: Module) -> Iterator[Any]:
+    """Every adapted layer that is one product or one table: blocks of a packed layer belong to their whole."""
+    modules = [m for _, m in model.named_modules()]
+    blocks = {id(b) for m in modules if isinstance(m, PackedLinear) for b in m.blocks.values()}
+    return (m for m in modules if getattr(m, "adaptation", None) is not None and id(m) not in blocks)
+
+
+def _product(model: Module, layer: Any) -> Any:
+    """The layer itself, or the packed layer that it is a block of."""
+    for _, m in model.named_modules():
+        if isinstance(m, PackedLinear) and any(b is layer for b in m.blocks.values()):
+            return m
+    return layer
+
+
+def _parts(layer: Any) -> list[Any]:
+    return [part for _, part in layer.parts()] if isinstance(layer, Linear) else [layer]
+
+
+def _arrays(layer: Any) -> list[Any]:
+    """The base's own arrays of a layer."""
+    if isinstance(layer, PackedLinear):
+        arrays = [layer.packed_weight, layer.packed_bias]
+    else:
+        arrays = [layer.weight.data, None if getattr(layer, "bias", None) is None else layer.bias.data]
+    return [a for a in arrays if a is not None]
+
+
+def _write(layer: Any, values: list[Any]) -> None:
+    for array, value in zip(_arrays(layer), values, strict=True):
+        array[...] = value
+
+
+def _merged(layer: Any) -> list[Any] | None:
+    """The arrays that the layer has with its active adapters on, or None if none is at work."""
+    if isinstance(layer, Embedding):
+        W = layer.weight
+        for adapter, _ in layer.adaptation.terms():
+            W = W + (adapter.adapted_weight(layer.weight) - layer.weight)
+        return None if W is layer.weight else [W.data]
+    terms = working_terms(layer)
+    if not terms:
+        return None
+    return [t.data for t in adapted(layer, [(block, adapter) for block, adapter, _ in terms]) if t is not None]
+
+
+def _check_names(model: Transformer, names: list[str]) -> None:
+    for name in names:
+        if name not in adapter_names(model):
+            raise KeyError(f"no adapter {name!r} on this model: it has {', '.join(adapter_names(model)) or 'none'}")
+
+
+def _refuse_merged(model: Transformer, what: str) -> None:
+    if any(a.saved is not None for a in adaptations(model)):
+        raise ValueError(f"{what} while adapters are merged: unmerge_adapter(model) first")
