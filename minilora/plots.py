@@ -1,0 +1,109 @@
+"""Figures: plain data in (a study's or report's to_dict()), matplotlib Axes out. The only file that imports matplotlib.
+
+Every function draws into the Axes it is given and returns them, so a notebook can arrange them as it likes. Colours are the
+Okabe-Ito set, told apart by colour-blind eyes, and each line also has its own marker or dash, so greyscale print works too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+BLUE, ORANGE, GREEN, PINK, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777", "#222222"
+
+STYLE = {
+    "font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "lines.linewidth": 2.2,
+    "lines.markersize": 7, "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 160, "axes.axisbelow": True,
+    "svg.hashsalt": "minilora", "font.family": "DejaVu Sans",
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as path.png and path.svg, through temporary names, without dates, so equal data give equal files."""
+    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+        part = path.with_name(f".{path.name}{suffix}.part")
+        with matplotlib.rc_context(STYLE):
+            figure.savefig(part, format=suffix[1:], metadata=metadata, facecolor="white")
+        part.replace(path.with_suffix(suffix))
+    plt.close(figure)
+
+
+def rank_axis(ax: Axes, ranks: Sequence[int], label: str = "LoRA rank r") -> None:
+    """A logarithmic axis with the ranks themselves as its ticks."""
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(list(ranks))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel(label)
+
+
+def planted_linear(ax: Axes, data: dict[str, Any]) -> Axes:
+    """Loss of a linear layer against rank, on the Eckart-Young optimum."""
+    ranks = [row["rank"] for row in data["rows"]]
+    ax.plot(ranks, [row["optimum"] for row in data["rows"]], color=BLACK, linestyle=(0, (4, 2)), label="Eckart-Young optimum")
+    ax.plot(ranks, [row["loss"] for row in data["rows"]], "o", color=BLUE, label="LoRA, trained")
+    ax.set_yscale("log")
+    ax.set_xticks([1, 4, 8, 12, 16])
+    ax.set_xlabel("LoRA rank r")
+    ax.set_ylabel("squared error ‖sBA − ΔW*‖²")
+    ax.set_title("One layer: LoRA reaches the optimum")
+    ax.legend()
+    return ax
+
+
+def planted_transformer(ax: Axes, data: dict[str, Any]) -> Axes:
+    """KL to a teacher whose hidden update has a known rank."""
+    ranks = [row["rank"] for row in data["rows"]]
+    ax.axvline(data["planted_rank"], color=GREY, linestyle=":", label=f"rank of the hidden update, {data['planted_rank']}")
+    ax.axhline(data["base"], color=BLACK, linestyle=(0, (4, 2)), label="frozen base")
+    for seed in range(len(data["rows"][0]["kl"])):
+        values = [row["kl"][seed] for row in data["rows"]]
+        ax.plot(ranks, values, "o-", color=ORANGE, alpha=0.9, label="LoRA on q, v (each seed)" if seed == 0 else None)
+    ax.set_yscale("log")
+    rank_axis(ax, ranks)
+    ax.set_ylabel("KL(teacher ‖ student), nats per token")
+    ax.set_title("A Transformer: the elbow stands at the planted rank")
+    ax.legend(loc="lower left")
+    return ax
+
+
+def text_ranks(ax: Axes, data: dict[str, Any]) -> Axes:
+    """Validation loss on real text against rank, with the spread over seeds, full fine-tuning and the frozen base."""
+    styles = {"q, v": (BLUE, "o"), "all linear": (ORANGE, "s")}
+    for targets, (colour, marker) in styles.items():
+        rows = [row for row in data["rows"] if row["targets"] == targets]
+        if rows:
+            mean, sd = [row["loss_mean"] for row in rows], [row["loss_sd"] for row in rows]
+            ax.errorbar([row["rank"] for row in rows], mean, yerr=sd, color=colour, marker=marker, capsize=4,
+                        label=f"LoRA on {targets}")
+    full = data["full"]
+    ax.axhline(full["loss_mean"], color=GREEN, linestyle=(0, (6, 2)), label="full fine-tuning")
+    ax.axhspan(full["loss_mean"] - full["loss_sd"], full["loss_mean"] + full["loss_sd"], color=GREEN, alpha=0.15, linewidth=0)
+    ax.axhline(data["base"]["loss"], color=BLACK, linestyle=(0, (4, 2)), label="frozen base")
+    rank_axis(ax, sorted({row["rank"] for row in data["rows"]}))
+    ax.set_ylabel("validation loss, nats per byte")
+    ax.set_title(f"Real text: {data['from']} to {data['to']}, {data['seeds']} seeds")
+    ax.legend(loc="best")
+    return ax
+
+
+def rank_quality(data: dict[str, Any]) -> Figure:
+    """The main job's figure: what is known exactly, what is planted, and what real text shows."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(16.5, 5.2), layout="constrained")
+        planted_linear(axes[0], data["planted_linear"])
+        planted_transformer(axes[1], data["planted_transformer"])
+        text_ranks(axes[2], data["text"])
+        for ax, letter in zip(axes, "abc", strict=True):
+            ax.set_title(f"{letter}   {ax.get_title()}", loc="left")
+            ax.set_title("")
+        figure.suptitle("How does quality depend on LoRA's rank?", fontsize=16, fontweight="bold", x=0.01, ha="left")
+    return figure

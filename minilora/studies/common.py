@@ -1,0 +1,108 @@
+"""What all studies share: their options, the cached pretrained base, and how results are written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
+
+from .. import training
+from ..data import Corpus, eval_batches, sample_batch
+from ..nn import Transformer, TransformerConfig
+
+CACHE_VERSION = 1      # raise it when pretraining changes, so that old caches are not read
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every study takes from the command line. size: "quick", "default" or "full"."""
+
+    size: str = "default"
+    seed: int = 0
+    out: Path = Path("figures")
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How a base is made: byte-level, from one corpus."""
+
+    steps: int
+    batch: int
+    lr: float
+    tokens: int            # T
+
+
+def writable_folder(path: Path) -> Path:
+    """Make the folder, and prove before any work that files can be written there. Raises ValueError with the reason."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".minilora-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {path}: {error.strerror}; choose another folder") from None
+    return path
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write JSON through a temporary name, so that no half file is ever seen."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def cache_folder() -> Path:
+    """Where bases are kept: $MINILORA_CACHE, or minilora in the user's cache folder. Safe to delete at any time."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("MINILORA_CACHE") or Path(home) / "minilora")
+
+
+def pretrained_base(cfg: TransformerConfig, corpus: Corpus, recipe: Pretraining, seed: int,
+                    progress: Callable[[str], None] = lambda _: None) -> Transformer:
+    """A base model pretrained on the corpus: from the cache if it was made before, else made now and cached.
+
+    The file's name is a digest of everything it depends on. A file that cannot be read is made anew.
+    """
+    key = json.dumps([CACHE_VERSION, cfg.to_dict(), corpus.sha256, asdict(recipe), seed], sort_keys=True)
+    path = cache_folder() / f"base-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
+    model = Transformer(cfg, seed=seed)
+    try:
+        model.load_state_dict(load_file(path))
+        return model
+    except (OSError, SafetensorError, KeyError, ValueError):
+        progress(f"pretraining the base on {corpus.name}")
+    config = training.TrainConfig(steps=recipe.steps, lr=recipe.lr, warmup=0.1, schedule="cosine", weight_decay=0.01, clip=1.0)
+    training.train(model, text_batches(corpus, recipe.batch, recipe.tokens, seed), config)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        save_file(model.state_dict(), part)
+        part.replace(path)
+    except OSError as error:                                       # a cache is a convenience: the result is there without it
+        progress(f"the base is not cached ({error.strerror})")
+    return model
+
+
+def text_batches(corpus: Corpus, batch: int, tokens: int, seed: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """Training batches as a function of the step: random windows, repeatable."""
+    return lambda step: sample_batch(corpus.train, batch, tokens, np.random.default_rng([seed, step]))
+
+
+def validation(corpus: Corpus, batch: int, tokens: int, windows: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Fixed validation batches: the first `windows` windows of the corpus's validation half."""
+    return eval_batches(corpus.valid, batch, tokens, limit=windows)
+
+
+def say(message: str) -> None:
+    """A line between progress bars."""
+    tqdm.write(message)
