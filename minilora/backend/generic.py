@@ -150,10 +150,10 @@ class Kernels:
         """What is added to the scores: 0 where query i of T may see key j of S, -inf elsewhere. (T, S) or (B, 1, 1 or T, S)."""
         xp, mask = self.xp, None
         if causal and T > 1:
-            hidden = xp.arange(S)[None, :] > xp.arange(T)[:, None] + (S - T)
-            mask = xp.where(hidden, -xp.inf, 0.0).astype(dtype)
+            mask = xp.triu(xp.full((T, S), -xp.inf, dtype=dtype), S - T + 1)       # hidden: j > i + (S - T)
         if key_mask is not None:
-            keys = xp.where(key_mask != 0, 0.0, -xp.inf).astype(dtype)[:, None, None, :]
+            zero, hidden = xp.zeros((), dtype=dtype), xp.full((), -xp.inf, dtype=dtype)
+            keys = xp.where(key_mask != 0, zero, hidden)[:, None, None, :]
             mask = keys if mask is None else mask + keys
         return mask
 
