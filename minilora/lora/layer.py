@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd import Tensor, concatenate, embedding, linear
+from ..autograd import Tensor, concatenate, embedding, linear, where
 from ..autograd.functions import dropout_mask
 from ..autograd.linear import LoRALinear
 from ..backend import Array, device_of, to_device
@@ -36,8 +36,16 @@ class Adapter(Module):
     """One adaptation of one layer.
 
     A method defines `adapted_weight` and, if it changes the bias, `adapted_bias`. It may define `factors` if ΔW = s·B@A, or
-    override `forward` for speed; tests hold these equal to the adapted weight.
+    override `forward` for speed; tests hold these equal to the adapted weight. These shortcuts are not inherited by a class
+    that has an `adapted_weight` of its own: DoRA may build on LoRA, but its update is no thin product.
+
+    adapted_weight and adapted_bias know nothing of `strength`: it is applied to what they return (and in `factors` to s).
     """
+
+    def __init_subclass__(cls) -> None:
+        if "adapted_weight" in vars(cls):
+            for shortcut in {"factors", "forward", "look_up_change"} - vars(cls).keys():
+                setattr(cls, shortcut, getattr(Adapter, shortcut))
 
     strength = 1.0                                         # set_scale: multiplies the whole update
     dropout = 0.0                                          # on the branch's input, for methods with factors
@@ -59,7 +67,7 @@ class Adapter(Module):
         return linear(x, *adapted(base, [(base.parts()[0][0], self)]))
 
     def look_up_change(self, ids: Array, base: Embedding) -> Tensor:       # (...) -> (..., D), on an Embedding
-        return embedding(ids, _strengthened(self, base.weight) - base.weight)
+        return embedding(ids, strengthened(self, base.weight) - base.weight)
 
 
 class Adaptation(Module):
@@ -86,19 +94,25 @@ class Adaptation(Module):
     def forward(self, x: Tensor, base: Linear) -> Tensor:  # (..., in) -> (..., out)
         """The output of `base` (which may be packed) with all the terms on it and on its row blocks."""
         terms = working_terms(base)
-        if not terms:
-            return linear(x, base.weight, base.bias)
-        factors = [adapter.factors() for _, adapter, _ in terms]
-        if all(f is not None for f in factors):
-            masks = [_mask(x, adapter, chosen) for _, adapter, chosen in terms]
-            op = LoRALinear([s for _, _, s in factors], [block for block, _, _ in terms], masks)
-            bias = base.bias if _plain_bias(terms) else adapted(base, [(b, a) for b, a, _ in terms])[1]
+        products = [t for t in terms if changes(t[1], "adapted_weight") or changes(t[1], "forward")]
+        factors = [adapter.factors() for _, adapter, _ in products]
+        mixed = any(chosen is not None for _, _, chosen in terms)
+        if all(f is not None for f in factors) and not (mixed and any(changes(t[1], "adapted_bias") for t in terms)):
+            bias = _by_rows(base, base.bias, [t[:2] for t in terms], "adapted_bias")
+            if not products:
+                return linear(x, base.weight, bias)
+            masks = [_mask(x, adapter, chosen) for _, adapter, chosen in products]
+            op = LoRALinear([s for _, _, s in factors], [block for block, _, _ in products], masks)
             return op(x, base.weight, bias, *(t for A, B, _ in factors for t in (A, B)))
-        if any(chosen is not None for _, _, chosen in terms):
-            raise ValueError("adapter_names: a batch can be mixed only among adapters that are thin products (LoRA)")
-        if len(terms) == 1 and terms[0][1].strength == 1.0 and len(base.parts()) == 1:
-            return terms[0][1].forward(x, base)
-        return linear(x, *adapted(base, [(block, adapter) for block, adapter, _ in terms]))
+        if not self.terms():                               # adapters on blocks only: each block for itself
+            return concatenate([block(x) for _, block in base.parts()[1:]], axis=-1)
+        if not mixed:
+            return _by_weight(x, base, [t[:2] for t in terms])
+        y = linear(x, base.weight, base.bias)
+        for chosen in dict.fromkeys(tuple(chosen) for _, _, chosen in terms):     # a pass over x for each adapter in the batch
+            own = _by_weight(x, base, [t[:2] for t in terms if tuple(t[2]) == chosen])
+            y = where(_row_mask(y, chosen) != 0, own, y)
+        return y
 
     def look_up(self, ids: Array, base: Embedding) -> Tensor:
         """Rows of the embedding (...) -> (..., D) with all the terms added."""
@@ -120,39 +134,54 @@ def adapted(base: Linear, terms: list[tuple[slice, Adapter]]) -> tuple[Tensor, T
 
     Several adapters on the same rows add up: W + Σ_j (adapted_weight_j(W) - W).
     """
-    W, b = base.weight, base.bias
-    W = W if isinstance(W, Tensor) else Tensor(W.dense())
-    whole = slice(0, W.shape[0])
-    W_new, b_new = _combine(W, b, W, b, [a for block, a in terms if block == whole])
-    cuts = [block for block, _ in base.parts() if block != whole]
-    if any(block != whole for block, _ in terms):
-        parts = []
-        for c in cuts:
-            W_c, b_c = W[c], None if b is None else b[c]
-            start = (W_c if W_new is W else W_new[c]), (b_c if b_new is b else b_new[c])
-            parts.append(_combine(*start, W_c, b_c, [a for block, a in terms if block == c]))
-        W_new = concatenate([w for w, _ in parts])
-        b_new = None if b is None else concatenate([bias for _, bias in parts])
-    return W_new, b_new
+    return _by_rows(base, dense(base), terms, "adapted_weight"), _by_rows(base, base.bias, terms, "adapted_bias")
 
 
-def _combine(W_new: Tensor, b_new: Tensor | None, W: Tensor, b: Tensor | None, adapters: list[Adapter]) -> tuple[Any, Any]:
-    """Add to W_new and b_new what each adapter changes of W and b."""
+def _by_rows(base: Linear, old: Any, terms: list[tuple[slice, Adapter]], what: str) -> Any:
+    """`combine` on all rows and on the row blocks of a packed layer; the very `old` where no adapter changes it."""
+    terms = [(block, adapter) for block, adapter in terms if changes(adapter, what)]
+    if old is None or not terms:
+        return old
+    whole = slice(0, old.shape[0])
+    new = combine(old, old, [a for block, a in terms if block == whole], what)
+    if all(block == whole for block, _ in terms):
+        return new
+    parts = []
+    for cut in (block for block, _ in base.parts() if block != whole):
+        old_c = old[cut]
+        parts.append(combine(old_c if new is old else new[cut], old_c, [a for block, a in terms if block == cut], what))
+    return concatenate(parts)
+
+
+def combine(new: Tensor, old: Tensor, adapters: list[Adapter], what: str = "adapted_weight") -> Tensor:
+    """Add to `new` what each adapter changes of `old`."""
     for adapter in adapters:
-        weight, bias = _strengthened(adapter, W), adapter.adapted_bias(b)
-        W_new = weight if W_new is W else W_new + (weight - W)
-        if bias is not b:
-            b_new = bias if b_new is b else b_new + (bias - b)
-    return W_new, b_new
+        changed = strengthened(adapter, old, what)
+        new = changed if new is old else new + (changed - old)
+    return new
 
 
-def _strengthened(adapter: Adapter, W: Tensor) -> Tensor:
-    weight = adapter.adapted_weight(W)
-    return weight if adapter.strength == 1.0 or adapter.factors() else W + (weight - W) * adapter.strength
+def strengthened(adapter: Adapter, old: Tensor, what: str = "adapted_weight") -> Tensor:
+    """The adapted weight (or bias) with the adapter's strength: W + strength (adapted_weight(W) - W)."""
+    changed = getattr(adapter, what)(old)
+    return changed if changed is old or adapter.strength == 1.0 else old + (changed - old) * adapter.strength
 
 
-def _plain_bias(terms: list[Any]) -> bool:
-    return all(type(adapter).adapted_bias is Adapter.adapted_bias for _, adapter, _ in terms)
+def changes(adapter: Adapter, what: str) -> bool:
+    """Whether the adapter's method defines "adapted_weight" or "adapted_bias", or leaves it as it is."""
+    return getattr(type(adapter), what) is not getattr(Adapter, what)
+
+
+def _by_weight(x: Tensor, base: Linear, terms: list[tuple[slice, Adapter]]) -> Tensor:
+    """The general way: form the adapted weight and multiply by it. An adapter that is alone may know a faster one."""
+    if len(terms) == 1 and terms[0][1].strength == 1.0 and terms[0][0] == base.parts()[0][0]:
+        return terms[0][1].forward(x, base)
+    return linear(x, *adapted(base, terms))
+
+
+def dense(base: Linear) -> Tensor:
+    """The weight of `base` as a Tensor, a quantised one for the moment of use."""
+    return base.weight if isinstance(base.weight, Tensor) else Tensor(base.weight.dense())
 
 
 def _mask(x: Tensor, adapter: Adapter, chosen: list[bool] | None) -> Array | None:
@@ -166,6 +195,6 @@ def _mask(x: Tensor, adapter: Adapter, chosen: list[bool] | None) -> Array | Non
     return mask
 
 
-def _row_mask(x: Tensor, chosen: list[bool]) -> Array:     # (B, 1, …, 1), 1 for the rows that use the adapter
+def _row_mask(x: Tensor, chosen: Sequence[bool]) -> Array:     # (B, 1, …, 1), 1 for the rows that use the adapter
     rows = np.asarray(chosen, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
     return to_device(rows, device_of(x.data).name)

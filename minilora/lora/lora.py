@@ -37,7 +37,7 @@ class LoRA(Adapter):
         return self.base_scale * self.strength
 
     def adapted_weight(self, W: Tensor) -> Tensor:         # (out, in) -> (out, in)
-        return W + matmul(self.lora_B, self.lora_A) * self.scale
+        return W + matmul(self.lora_B, self.lora_A) * self.base_scale
 
     def factors(self) -> tuple[Parameter, Parameter, Any]:
         return self.lora_A, self.lora_B, self.scale
@@ -62,7 +62,7 @@ class LoRAEmbedding(Adapter):
         return self.base_scale * self.strength
 
     def adapted_weight(self, W: Tensor) -> Tensor:         # (V, D) -> (V, D)
-        return W + matmul(self.lora_embedding_B, self.lora_embedding_A).T * self.scale
+        return W + matmul(self.lora_embedding_B, self.lora_embedding_A).T * self.base_scale
 
     def factors(self) -> tuple[Any, Any, float]:
         """Of the table (V, D): A is our Bᵀ (r, D), B is our Aᵀ (V, r)."""

@@ -16,7 +16,7 @@ from ..autograd import no_grad
 from ..backend import host_rng
 from ..nn import Embedding, Linear, Module, PackedLinear, Parameter, Transformer
 from .config import LoraConfig, find_targets, module_names
-from .layer import METHODS, Adaptation, adapted, working_terms
+from .layer import METHODS, Adaptation, adapted, combine, working_terms
 
 
 def add_adapter(model: Transformer, config: LoraConfig, name: str = "default", seed: int = 0) -> None:
@@ -235,9 +235,7 @@ def _write(layer: Any, values: list[Any]) -> None:
 def _merged(layer: Any) -> list[Any] | None:
     """The arrays that the layer has with its active adapters on, or None if none is at work."""
     if isinstance(layer, Embedding):
-        W = layer.weight
-        for adapter, _ in layer.adaptation.terms():
-            W = W + (adapter.adapted_weight(layer.weight) - layer.weight)
+        W = combine(layer.weight, layer.weight, [adapter for adapter, _ in layer.adaptation.terms()])
         return None if W is layer.weight else [W.data]
     terms = working_terms(layer)
     if not terms:
