@@ -111,7 +111,7 @@ def merge_adapter(model: Transformer) -> None:
     """Write W' of the active adapters into every layer, so that they cost nothing at inference.
 
     The base's arrays are kept beside (memory: once more the adapted layers), so unmerge_adapter restores them bit for bit.
-    Merging twice is merging once. A merged embedding is untied from the head, whose weight is still the base's.
+    Merging twice is merging once. A merged embedding or head is untied: the other one's weight is still the base's.
     Raises ValueError if the result is not finite; then nothing is merged.
     """
     results = []
@@ -125,7 +125,7 @@ def merge_adapter(model: Transformer) -> None:
                 raise ValueError("merge: the merged weight has values that are not finite; did training diverge?")
             results.append((layer, values))
     for layer, values in results:
-        if layer is model.embed and model.head is not None and model.head.weight is layer.weight:
+        if layer in (model.embed, model.head) and model.head is not None and model.head.weight is model.embed.weight:
             model.head.weight = Parameter(layer.weight.data.copy(), requires_grad=False)
         saved = [a.copy() for a in _arrays(layer)]
         for part in _parts(layer):
@@ -142,8 +142,8 @@ def unmerge_adapter(model: Transformer) -> None:
             for part in _parts(layer):
                 if part.adaptation is not None:
                     part.adaptation.saved = None
-            if layer is model.embed and model.head is not None and model.cfg.tie_embeddings:
-                model.head.weight = layer.weight
+            if layer in (model.embed, model.head) and model.head is not None and model.cfg.tie_embeddings:
+                model.head.weight = model.embed.weight
 
 
 def merge_and_unload(model: Transformer) -> Transformer:
