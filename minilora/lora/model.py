@@ -104,7 +104,8 @@ def disable_adapter(model: Transformer) -> Iterator[None]:
         for a, enabled in zip(found, was_enabled, strict=True):
             a.enabled = enabled
         for layer, arrays in held:
-            _write(layer, arrays)
+            if layer.adaptation is not None and layer.adaptation.saved is not None:            # not unmerged meanwhile
+                _write(layer, arrays)
 
 
 def merge_adapter(model: Transformer) -> None:
