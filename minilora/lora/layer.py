@@ -114,6 +114,10 @@ class Adaptation(Module):
             y = where(_row_mask(y, chosen) != 0, own, y)
         return y
 
+    def move(self, device: str) -> None:
+        super().move(device)
+        self.saved = None if self.saved is None else [to_device(array, device) for array in self.saved]
+
     def look_up(self, ids: Array, base: Embedding) -> Tensor:
         """Rows of the embedding (...) -> (..., D) with all the terms added."""
         y = embedding(ids, base.weight)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd import no_grad
-from ..backend import host_rng
+from ..backend import device_of, host_rng
 from ..nn import Embedding, Linear, Module, PackedLinear, Parameter, Transformer
 from .config import LoraConfig, find_targets, module_names
 from .layer import METHODS, Adaptation, adapted, combine, working_terms
@@ -39,11 +39,12 @@ def add_adapter(model: Transformer, config: LoraConfig, name: str = "default", s
         new.append((layer, kind(layer, config, names, rng)))
     for path, names, layer in _modules_to_save(model, config):
         new.append((layer, METHODS["replace", Linear](layer, config, names, rng)))
+    device = device_of(model.embed.weight.data).name
     for layer, adapter in new:
         for part in _product(model, layer), layer:
             part.adaptation = part.adaptation or Adaptation()
         layer.adaptation.adapters[name] = adapter
-        adapter.training = model.training
+        adapter.to(device).train(model.training)
     model.adapter_configs = {**getattr(model, "adapter_configs", {}), name: deepcopy(config)}
     set_adapter(model, name)
 
@@ -154,7 +155,7 @@ def merge_and_unload(model: Transformer) -> Transformer:
     try:
         cfg = deepcopy(model.cfg)
         cfg.tie_embeddings = model.head is not None and model.head.weight is model.embed.weight
-        plain = Transformer(cfg, dtype=str(model.embed.weight.dtype))
+        plain = Transformer(cfg, dtype=str(model.embed.weight.dtype)).to(device_of(model.embed.weight.data).name)
         own = {path for path, _ in plain.named_parameters()}
         plain.load_state_dict({path: value for path, value in model.state_dict().items() if path in own})
     finally:
