@@ -25,8 +25,8 @@ def add_adapter(model: Transformer, config: LoraConfig, name: str = "default", s
     seed: of the adapter's initial values and dropout. Raises ValueError if the name is taken, nothing matches, or the rank
     does not fit a module; then the model is unchanged.
     """
-    if not name or "." in name:
-        raise ValueError(f"adapter name {name!r}: expected a non-empty name without dots")
+    if not name or "." in name or name == "__base__":
+        raise ValueError(f"adapter name {name!r}: expected a non-empty name without dots, and not __base__, which means no adapter")
     if name in adapter_names(model):
         raise ValueError(f"the model already has an adapter {name!r}: choose another name, or delete_adapter(model, {name!r})")
     _refuse_merged(model, "add an adapter")
@@ -54,7 +54,7 @@ def set_adapter(model: Transformer, names: str | Sequence[str] | None) -> None:
 
     Raises KeyError for a name that the model does not have, ValueError while adapters are merged.
     """
-    wanted = [] if names is None else [names] if isinstance(names, str) else list(names)
+    wanted = [] if names is None else [names] if isinstance(names, str) else list(dict.fromkeys(names))
     _check_names(model, wanted)
     _refuse_merged(model, "set_adapter")
     model.freeze()
@@ -83,6 +83,8 @@ def set_scale(model: Transformer, name: str, scale: float) -> None:
     """Multiply an adapter's whole update by `scale`: 1 as trained (s = α/r), 0 off, negative to subtract it."""
     _check_names(model, [name])
     _refuse_merged(model, "set_scale")
+    if not np.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number: 1 as trained, 0 for off")
     for adaptation in adaptations(model):
         if name in adaptation.adapters:
             adaptation.adapters[name].strength = float(scale)
