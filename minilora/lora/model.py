@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd import no_grad
-from ..backend import device_of, host_rng
+from ..autograd import Tensor, no_grad
+from ..backend import array_module, device_of, host_rng
 from ..nn import Embedding, Linear, Module, PackedLinear, Parameter, Transformer
 from .config import LoraConfig, find_targets, module_names
 from .layer import METHODS, Adaptation, adapted, combine, working_terms
@@ -116,17 +116,20 @@ def merge_adapter(model: Transformer) -> None:
 
     The base's arrays are kept beside (memory: once more the adapted layers), so unmerge_adapter restores them bit for bit.
     Merging twice is merging once. A merged embedding or head is untied: the other one's weight is still the base's.
-    Raises ValueError if the result is not finite; then nothing is merged.
+    Raises ValueError if the result is not finite, or a base weight is quantised; then nothing is merged.
     """
     results = []
     for layer in _products(model):
         if layer.adaptation.saved is not None:
             continue
-        with no_grad():
+        with no_grad(), np.errstate(all="ignore"):
             values = _merged(layer)
         if values is not None:
-            if not all(np.isfinite(float(abs(v).sum())) for v in values):
-                raise ValueError("merge: the merged weight has values that are not finite; did training diverge?")
+            if not isinstance(layer.weight, Tensor):
+                raise ValueError("merge: got a quantised base weight, expected a dense one: rounding again would lose the update")
+            if not all(bool(array_module(v).isfinite(v).all()) for v in values):
+                raise ValueError("merge: got NaN or infinite values in a merged weight, expected finite numbers: take an earlier "
+                                 "checkpoint of the adapter")
             results.append((layer, values))
     for layer, values in results:
         if layer in (model.embed, model.head) and model.head is not None and model.head.weight is model.embed.weight:
