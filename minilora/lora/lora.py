@@ -45,7 +45,10 @@ class LoRA(Adapter):
 
 @register("lora", Embedding)
 class LoRAEmbedding(Adapter):
-    """E' = E + s·(B@A)ᵀ for a table E (V, D).   Trains A (r, V), starting at zero, and B (D, r), starting normal(0, 1)."""
+    """E' = E + s·(B@A)ᵀ for a table E (V, D).   Trains A (r, V), starting at zero, and B (D, r), starting normal(0, 1).
+
+    With init_lora_weights False A is random too.
+    """
 
     def __init__(self, layer: Embedding, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
         super().__init__(layer, config, names, rng)
@@ -54,7 +57,8 @@ class LoRAEmbedding(Adapter):
         if r > min(V, D):
             raise ValueError(f"rank {r} on {names[0]} of shape ({V}, {D}): expected at most {min(V, D)}")
         self.base_scale = config.scale(names)
-        self.lora_embedding_A = Parameter(to_device(np.zeros((r, V), dtype)))
+        A = rng.standard_normal((r, V)) * 0.02 if config.init_lora_weights is False else np.zeros((r, V))
+        self.lora_embedding_A = Parameter(to_device(A.astype(dtype)))
         self.lora_embedding_B = Parameter(to_device(rng.standard_normal((D, r)).astype(dtype)))
 
     @property
