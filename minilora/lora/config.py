@@ -53,9 +53,13 @@ class LoraConfig:
         """The rank of the module that has these names."""
         return _by_pattern(self.rank_pattern, names, self.r)
 
+    def alpha(self, names: tuple[str, ...]) -> float:
+        """lora_alpha of the module that has these names."""
+        return _by_pattern(self.alpha_pattern, names, self.lora_alpha)
+
     def scale(self, names: tuple[str, ...]) -> float:
         """s = α/r, or α/√r with use_rslora, of the module that has these names."""
-        alpha, r = _by_pattern(self.alpha_pattern, names, self.lora_alpha), self.rank(names)
+        alpha, r = float(self.alpha(names)), self.rank(names)              # a NumPy scalar would make float32 factors float64
         return alpha / (r**0.5 if self.use_rslora else r)
 
 
@@ -71,14 +75,14 @@ def find_targets(model: Transformer, config: LoraConfig) -> list[tuple[str, tupl
     if targets == "all-linear":
         chosen = _all_linear(model, candidates)
     else:
-        chosen = {path for path, names in candidates.items() if _matches(targets, names)}
+        chosen = {path for path, names in candidates.items() if matches(targets, names)}
         for target in targets if isinstance(targets, (list, tuple, set)) else [targets]:
-            if not any(_matches(target if isinstance(targets, str) else [target], n) for n in candidates.values()):
+            if not any(matches(target if isinstance(targets, str) else [target], n) for n in candidates.values()):
                 known = sorted({path.rpartition(".")[2] for path in candidates})
                 raise ValueError(f"target module {target!r} is not in this model: expected one of {', '.join(known)}, a path, "
                                  "a regex, or 'all-linear'")
     if config.exclude_modules is not None:
-        chosen = {path for path in chosen if not _matches(config.exclude_modules, candidates[path])}
+        chosen = {path for path in chosen if not matches(config.exclude_modules, candidates[path])}
     if config.layers_to_transform is not None:
         wanted = config.layers_to_transform
         layers = {wanted} if isinstance(wanted, int) else set(wanted)
@@ -112,7 +116,7 @@ def _all_linear(model: Transformer, candidates: dict[str, tuple[str, ...]]) -> s
     return chosen
 
 
-def _matches(target: list[str] | str, names: tuple[str, ...]) -> bool:
+def matches(target: list[str] | str, names: tuple[str, ...]) -> bool:
     """A string is a regex for the whole path; a list holds names and path suffixes."""
     if isinstance(target, str):
         return any(re.fullmatch(target, name) for name in names)
