@@ -46,6 +46,12 @@ class LoraConfig:
                 raise ValueError(f"rank {where} = {r!r}: expected a whole number of at least 1")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout = {self.lora_dropout}: expected 0 <= p < 1")
+        for where in ("target_modules", "exclude_modules"):
+            pattern = getattr(self, where)
+            try:
+                re.compile(pattern if isinstance(pattern, str) else "")
+            except re.error as error:
+                raise ValueError(f"{where} = {pattern!r}: expected a list of names or a regex ({error})") from None
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: expected True, False or 'gaussian'")
 
@@ -76,6 +82,8 @@ def find_targets(model: Transformer, config: LoraConfig) -> list[tuple[str, tupl
         chosen = _all_linear(model, candidates)
     else:
         chosen = {path for path, names in candidates.items() if matches(targets, names)}
+        if isinstance(targets, str):
+            chosen -= _matched_twice(model, targets, candidates, chosen)
         for target in targets if isinstance(targets, (list, tuple, set)) else [targets]:
             if not any(matches(target if isinstance(targets, str) else [target], n) for n in candidates.values()):
                 known = sorted({path.rpartition(".")[2] for path in candidates})
@@ -99,6 +107,19 @@ def module_names(model: Transformer) -> dict[str, tuple[str, ...]]:
     names = {path: (path, files[path]) if path in files else (path,)
              for path, module in model.named_modules() if isinstance(module, (Linear, Embedding))}
     return {path: n for path, n in names.items() if ".blocks." not in path}
+
+
+def _matched_twice(model: Transformer, regex: str, candidates: dict[str, tuple[str, ...]], chosen: set[str]) -> set[str]:
+    """What to leave out where a regex matches a packed layer and its blocks (".*v_proj" matches qkv_proj as well).
+
+    The packed layer stays if the regex means it by its name in the files (GPT-2's c_attn), else the blocks do.
+    """
+    paths, out = {id(module): path for path, module in model.named_modules()}, set()
+    for path, module in model.named_modules():
+        blocks = {paths[id(b)] for b in module.blocks.values()} & chosen if isinstance(module, PackedLinear) else set()
+        if path in chosen and blocks:
+            out |= blocks if matches(regex, candidates[path][1:]) else {path}
+    return out
 
 
 def _all_linear(model: Transformer, candidates: dict[str, tuple[str, ...]]) -> set[str]:
