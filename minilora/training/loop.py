@@ -223,7 +223,7 @@ class _Run:
                 return float(self.evaluate(self.model))
             if self.loss is not None:
                 return float(np.mean([self.loss(self.model, batch).item() for batch in self.evaluate]))
-            return float(mean_loss(self.model, self.evaluate, self.config.ignore_index)[0])
+            return mean_loss(self.model, self.evaluate, self.config.ignore_index)
 
     def save(self) -> None:
         self.count_time()
@@ -318,27 +318,40 @@ def as_dict(batch: Batch) -> dict[str, Any]:
 
 def model_loss(model: Any, batch: Batch, config: TrainConfig, groups: int | None = None) -> Tensor:
     """Mean cross-entropy of the model on a batch: () or, for K groups of rows, (K,)."""
+    logits, targets = logits_and_targets(model, batch)
+    return cross_entropy(logits, targets, ignore_index=config.ignore_index, label_smoothing=config.label_smoothing,
+                         groups=groups)
+
+
+def logits_and_targets(model: Any, batch: Batch) -> tuple[Tensor, Any]:
+    """The model's answer to a batch, and what it should be."""
     inputs = dict(as_dict(batch))
     ids, targets = inputs.pop("ids"), inputs.pop("targets")
-    return cross_entropy(model(ids, **inputs), targets, ignore_index=config.ignore_index,
-                         label_smoothing=config.label_smoothing, groups=groups)
+    return model(ids, **inputs), targets
 
 
-def mean_loss(model: Any, batches: Iterable[Batch], ignore_index: int = -100, groups: int = 1) -> np.ndarray:  # -> (groups,)
-    """The mean cross-entropy over all counted targets of all batches, without smoothing or gradients."""
-    batches = list(batches)
-    if not batches:
-        raise ValueError("evaluate: got no batches, expected at least one")
+def mean_loss(model: Any, batches: Iterable[Batch], ignore_index: int = -100) -> float:
+    """The mean cross-entropy in nats over all counted targets of all batches, without smoothing or gradients.
+
+    The model stays in the mode it is in. Raises ValueError if there is no batch.
+    """
     config = TrainConfig(steps=1, ignore_index=ignore_index)
     with no_grad():
-        losses = [to_host(model_loss(model, batch, config, groups).data) for batch in batches]
-    return (np.stack(losses) * target_shares(batches, ignore_index, groups)).sum(axis=0)
+        pairs = [(model_loss(model, batch, config).data, target_counts(batch, ignore_index)) for batch in batches]
+    if not pairs:
+        raise ValueError("evaluate: got no batches, expected at least one")
+    losses = to_host(array_module(pairs[0][0]).stack([loss for loss, _ in pairs])).astype(float)
+    return float(np.average(losses, weights=[count[0] for _, count in pairs]))
+
+
+def target_counts(batch: Batch, ignore_index: int, groups: int = 1) -> np.ndarray:                 # -> (groups,)
+    """How many targets count in each group of rows."""
+    return (to_host(as_dict(batch)["targets"]) != ignore_index).reshape(groups, -1).sum(axis=1)
 
 
 def target_shares(window: Sequence[Batch], ignore_index: int, groups: int = 1) -> np.ndarray:      # -> (batches, groups)
     """Each batch's share of the counted targets of the window: the weights that make means of batches a mean of targets."""
-    counts = np.stack([(to_host(as_dict(batch)["targets"]) != ignore_index).reshape(groups, -1).sum(axis=1)
-                       for batch in window])
+    counts = np.stack([target_counts(batch, ignore_index, groups) for batch in window])
     return counts / np.maximum(counts.sum(axis=0), 1)
 
 
