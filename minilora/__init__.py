@@ -1,1 +1,54 @@
-"""minilora: LoRA from scratch in plain NumPy, exact enough to check other implementations against."""
+"""minilora: LoRA from scratch in plain NumPy, exact enough to check other implementations against.
+
+The public names, and nothing else. Read the folders from the bottom up: backend, autograd, nn, lora, rank, training.
+"""
+
+from . import rank, training
+from .autograd import (
+    GradcheckError,
+    Tensor,
+    attention,
+    cross_entropy,
+    gelu,
+    gelu_tanh,
+    gradcheck,
+    layer_norm,
+    linear,
+    log_softmax,
+    lora_linear,
+    no_grad,
+    rms_norm,
+    rotary,
+    silu,
+    softmax,
+    swiglu,
+    tensor,
+)
+from .backend import array_module, set_device, to_device, to_host
+from .lora import (
+    LoraConfig,
+    add_adapter,
+    count_parameters,
+    delete_adapter,
+    disable_adapter,
+    merge_adapter,
+    merge_and_unload,
+    set_adapter,
+    set_scale,
+    unmerge_adapter,
+)
+from .lora.files import load_adapter, save_adapter
+from .nn import Module, Parameter, Transformer, TransformerConfig, generate
+from .rank.report import analyze
+from .training import TrainConfig, sweep, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GradcheckError", "LoraConfig", "Module", "Parameter", "Tensor", "TrainConfig", "Transformer", "TransformerConfig",
+    "add_adapter", "analyze", "array_module", "attention", "count_parameters", "cross_entropy", "delete_adapter",
+    "disable_adapter", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "linear", "load_adapter", "log_softmax",
+    "lora_linear", "merge_adapter", "merge_and_unload", "no_grad", "rank", "rms_norm", "rotary", "save_adapter",
+    "set_adapter", "set_device", "set_scale", "silu", "softmax", "sweep", "swiglu", "tensor", "to_device", "to_host", "train",
+    "training", "unmerge_adapter",
+]
