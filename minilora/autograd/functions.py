@@ -44,7 +44,7 @@ def power(a: Any, exponent: float) -> Tensor:
     """a to a constant power."""
     if not isinstance(exponent, (int, float)):
         raise TypeError(f"the exponent must be a Python number, got {type(exponent).__name__}: use exp(b * log(a))")
-    return arithmetic.Power(exponent)(a)
+    return arithmetic.Power(float(exponent))(a)
 
 
 def exp(a: Any) -> Tensor:
@@ -68,8 +68,11 @@ def sqrt(a: Any) -> Tensor:
 
 
 def where(condition: Any, a: Any, b: Any) -> Tensor:
-    """a where the boolean array `condition` holds, b elsewhere."""
-    return arithmetic.Where()(condition.data if isinstance(condition, Tensor) else condition, a, b)
+    """a where the array `condition` is True (or not 0), b elsewhere."""
+    condition = condition.data if isinstance(condition, Tensor) else condition
+    if not hasattr(condition, "dtype"):
+        raise TypeError(f"where needs an array of booleans as its condition, got {type(condition).__name__}")
+    return arithmetic.Where()(condition != 0, a, b)
 
 
 def sum(a: Any, axis: Any = None, keepdims: bool = False) -> Tensor:
@@ -96,6 +99,7 @@ def reshape(a: Any, shape: tuple[int, ...] | int) -> Tensor:
 
 def transpose(a: Any, axes: tuple[int, ...] | None = None) -> Tensor:
     """Axes in another order; None reverses them."""
+    axes = axes[0] if axes and isinstance(axes[0], tuple) else axes
     return shaping.Transpose(axes)(a)
 
 
@@ -151,14 +155,14 @@ def check_ids(ids: Any, V: int, like: Any) -> Array:
 def dropout(x: Any, p: float, rng: Any) -> Tensor:
     """x with each element zeroed with probability p and the others divided by 1-p; the mask is drawn on the host."""
     mask = dropout_mask(x.shape, p, rng, x.dtype)
-    return shaping.Dropout(to_device(mask, device_of(x.data).name))(x)
+    return shaping.Dropout(to_device(mask, device_of(x.data if isinstance(x, Tensor) else x).name))(x)
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, rng: Any, dtype: Any) -> Any:
     """A host array of 0 (probability p) and 1/(1-p)."""
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout probability {p}, expected 0 <= p < 1")
-    return (rng.random(shape, dtype="float32") >= p).astype(dtype) * (1.0 / (1.0 - p))
+    return (rng.random(shape, dtype="float32") >= p).astype(dtype) * (1.0 / (1.0 - float(p)))
 
 
 def matmul(a: Any, b: Any) -> Tensor:
@@ -196,10 +200,12 @@ def cross_entropy(logits: Any, targets: Any, *, ignore_index: int = -100, label_
     rows are K equal groups, each with its own mean -> (K,). Raises IndexError for a target outside 0..V-1, ValueError if
     the shapes do not fit or no target counts.
     """
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing {label_smoothing}, expected 0 <= label_smoothing <= 1")
     V = logits.shape[-1]
     host = to_host(targets)
     if host.shape != tuple(logits.shape[:-1]):
-        raise ValueError(f"targets of shape {host.shape}, expected the logits' shape without the last axis, {logits.shape[:-1]}")
+        raise ValueError(f"targets of shape {host.shape}, expected the logits' without the last axis, {logits.shape[:-1]}")
     host = host.reshape(-1)
     counted = host != ignore_index
     check_ids(host[counted], V, logits)
@@ -215,12 +221,12 @@ def cross_entropy(logits: Any, targets: Any, *, ignore_index: int = -100, label_
 
 def layer_norm(x: Any, w: Any, b: Any, eps: float = 1e-5) -> Tensor:
     """Layer norm over the last axis: x (..., D), w (D,), b (D,) -> (..., D)."""
-    return fused.LayerNorm(eps)(x, w, b)
+    return fused.LayerNorm(float(eps))(x, w, b)
 
 
 def rms_norm(x: Any, w: Any, eps: float = 1e-5) -> Tensor:
     """RMS norm over the last axis: x (..., D), w (D,) -> (..., D)."""
-    return fused.RMSNorm(eps)(x, w)
+    return fused.RMSNorm(float(eps))(x, w)
 
 
 def gelu(x: Any) -> Tensor:
@@ -239,12 +245,18 @@ def silu(x: Any) -> Tensor:
 
 
 def swiglu(g: Any, u: Any) -> Tensor:
-    """silu(g) ⊙ u."""
+    """silu(g) ⊙ u for g and u of one shape. Raises ValueError for two shapes."""
+    if g.shape != u.shape:
+        raise ValueError(f"swiglu of shapes {g.shape} and {u.shape}, expected one shape")
     return activations.SwiGLU()(g, u)
 
 
 def rotary(x: Any, cos: Any, sin: Any) -> Tensor:
-    """Rotary positions: x (B, H, T, hd); cos and sin (T, hd/2) of position · ω."""
+    """Rotary positions: x (B, H, T, hd); cos and sin (T, hd/2) of position · ω. Raises ValueError if the shapes do not fit."""
+    T, hd = x.shape[-2:]
+    if hd % 2 or cos.shape != (T, hd // 2) or sin.shape != cos.shape:
+        raise ValueError(f"rotary tables of shapes {cos.shape} and {sin.shape}, expected ({T}, {hd // 2}) for x {x.shape} with "
+                         "an even last axis")
     return _attention.Rotary(cos, sin)(x)
 
 
@@ -259,4 +271,6 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool = False, key_mask: Any = N
                          "k, v (B, KV, S, hd) with H a multiple of KV")
     if causal and q.shape[2] > k.shape[2]:
         raise ValueError(f"causal attention with {q.shape[2]} queries but only {k.shape[2]} keys: the first queries see none")
-    return _attention.Attention(causal, key_mask, scale)(q, k, v)
+    if key_mask is not None and key_mask.shape != (k.shape[0], k.shape[2]):
+        raise ValueError(f"key_mask of shape {key_mask.shape}, expected {(k.shape[0], k.shape[2])}, one entry for each key")
+    return _attention.Attention(causal, key_mask, None if scale is None else float(scale))(q, k, v)

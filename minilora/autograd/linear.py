@@ -37,16 +37,16 @@ class Linear(Op):
     """
 
     def forward(self, x, W, b):                                 # (..., in), (out, in), (out,) -> (..., out)
-        self.keep(x if self.needs[1] else None, W if self.needs[0] else None)
+        self.keep(x if self.needs[1] else None, W if self.needs[0] else None, x.shape)
         y = product(rows(x), W)
         if b is not None:
             y += b
         return y.reshape((*x.shape[:-1], y.shape[-1]))
 
     def backward(self, dy):                                     # (..., out)
-        x, W = self.kept
+        x, W, shape = self.kept
         dy2 = rows(dy)
-        dx = product_grad(dy2, W).reshape((*dy.shape[:-1], -1)) if self.needs[0] else None
+        dx = product_grad(dy2, W).reshape(shape) if self.needs[0] else None
         dW = kernels(dy).matmul(dy2, rows(x), ta=True) if self.needs[1] else None
         return dx, dW, dy2.sum(axis=0) if self.needs[2] else None
 
@@ -78,14 +78,17 @@ class LoRALinear(Op):
         A, sB = factors[::2], [times(s, B) for s, B in zip(self.scales, factors[1::2], strict=True)]
         groups = A[0].shape[:-2]                                # () or (K,)
         x2 = rows(x, groups)                                    # (n, in) or (K, n, in)
+        formable = all(m is None for m in self.masks) and hasattr(W, "dtype")
         if self.formed is None:
-            self.formed = all(m is None for m in self.masks) and hasattr(W, "dtype") and _forming_pays(x2.shape[-2], A, sB)
+            self.formed = formable and _forming_pays(x2.shape[-2], A, sB)
+        elif self.formed and not formable:
+            raise ValueError("formed=True with a mask on the branch or a base that is not dense: leave it None, or use False")
         multiply = kernels(x).matmul
         U = None
         if self.formed:
             W_eff = kernels(x).add_products(W, [(block, s_B, a) for block, s_B, a in zip(self.blocks, sB, A, strict=True)])
             y = multiply(x2, W_eff, tb=True)
-            self.keep(x, W_eff, sB, A, None)
+            self.keep(x if self.needs[1] or any(self.needs[3:]) else None, W_eff, sB, A, None)
         else:
             y = product(rows(x), W)
             y = y.reshape((*groups, -1, y.shape[-1]))

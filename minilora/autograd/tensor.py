@@ -92,6 +92,9 @@ class Op:
         gradients = self.backward(*cotangents)
         gradients = gradients if isinstance(gradients, tuple) else (gradients,)
         edges, specs = self.edges, self.specs
+        if len(gradients) != len(edges):
+            raise RuntimeError(f"{type(self).__name__}.backward returned {len(gradients)} gradients for {len(edges)} inputs: "
+                               "return one for each, None where none is needed")
         if not retain_graph:
             self.kept = self.edges = self.specs = None
         for i, (edge, spec) in enumerate(zip(edges, specs, strict=True)):
@@ -160,15 +163,16 @@ class Tensor:
                                  "sum it first, or give backward(grad) an array of that shape")
             grad = xp.ones_like(self.data)
         grad = to_device(grad.data if isinstance(grad, Tensor) else grad, device_of(self.data).name)
-        if grad.shape != self.shape:
-            raise ValueError(f"cotangent of shape {grad.shape}, expected the tensor's own shape {self.shape}")
+        if grad.shape != self.shape or grad.dtype != self.dtype:
+            raise ValueError(f"cotangent of shape {grad.shape} {grad.dtype}, expected the tensor's, {self.shape} {self.dtype}: "
+                             "use grad.astype(...) or grad.reshape(...)")
 
         cotangents: dict[Op, list[Array | None]] = {}  # of the Ops still to come: one slot for each output
         queue: list[tuple[int, Op]] = []               # largest order first
 
-        def send(edge: Any, gradient: Array, source: Array | None) -> None:
+        def send(edge: Any, gradient: Array, sources: list[Array | None]) -> None:
             if isinstance(edge, Tensor):
-                _accumulate(edge, gradient, source)
+                _accumulate(edge, gradient, sources)
                 return
             op, index = edge
             if op not in cotangents:
@@ -177,12 +181,12 @@ class Tensor:
             held = cotangents[op][index]
             cotangents[op][index] = gradient if held is None else held + gradient
 
-        send(_edge(self), grad, grad)
+        send(_edge(self), grad, [grad])
         while queue:
             op = heapq.heappop(queue)[1]
             dys = cotangents.pop(op)
             for edge, gradient in op.pull(dys, retain_graph):
-                send(edge, gradient, dys[0])
+                send(edge, gradient, dys)
 
     # Python's signs and the array methods, each one Op of functions.py.
     def __add__(self, other: Any) -> Tensor:
@@ -244,7 +248,7 @@ def tensor(array: Any, requires_grad: bool = False) -> Tensor:
     """
     if isinstance(array, Tensor):
         array = array.data
-    if isinstance(array, (float, list, tuple)):
+    if isinstance(array, (float, list, tuple)) and not isinstance(array, np.generic):
         array = np.asarray(array)
         array = array.astype(np.float32) if array.dtype == np.float64 else array
     data = to_device(np.asarray(array) if isinstance(array, (int, bool)) else array).copy()
@@ -255,7 +259,7 @@ def tensor(array: Any, requires_grad: bool = False) -> Tensor:
 
 def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
     """Sum a gradient over the axes along which its input was broadcast: the adjoint of broadcasting copies, so it adds."""
-    if gradient.shape == shape:
+    if gradient.shape == shape or gradient.ndim < len(shape):
         return gradient
     gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape)))) if gradient.ndim > len(shape) else gradient
     stretched = tuple(i for i, (have, want) in enumerate(zip(gradient.shape, shape, strict=True)) if have != want == 1)
@@ -266,23 +270,29 @@ def _edge(x: Tensor) -> Any:
     return x if x.op is None else (x.op, x.index)
 
 
-def _accumulate(leaf: Tensor, gradient: Array, source: Array | None) -> None:
-    """Add to a leaf's grad. It must own its array: a view, or the cotangent itself, may be somebody else's too."""
+def _accumulate(leaf: Tensor, gradient: Array, sources: list[Array | None]) -> None:
+    """Add to a leaf's grad. It must own its array: a view, or a cotangent itself, may be somebody else's too."""
     if leaf.grad is not None:
-        leaf.grad = leaf.grad + gradient
-    elif gradient is source or getattr(gradient, "base", None) is not None:
-        leaf.grad = gradient.copy()
-    else:
-        leaf.grad = gradient
+        gradient = leaf.grad + gradient
+    elif any(gradient is source for source in sources) or getattr(gradient, "base", None) is not None:
+        gradient = gradient.copy()
+    leaf.grad = array_module(leaf.data).asarray(gradient)     # NumPy's arithmetic on 0-d arrays gives scalars
 
 
 def _check_inputs(op: Op, arrays: tuple[Any, ...]) -> Any:
-    """One device for all inputs, and one floating-point precision (complex128 counts as float64). Returns the device."""
+    """One device for all inputs, and one floating-point precision. Returns the device.
+
+    complex128 counts as float64, and so do integers of 32 or 64 bits beside floats: that is what NumPy would make of them.
+    """
+    if any(isinstance(a, (list, tuple)) for a in arrays):
+        raise TypeError(f"{type(op).__name__} got a list among its operands: make it an array of the tensors' dtype first")
     owned = [a for a in arrays if hasattr(a, "dtype")]
     device = device_of(*owned)
     widths = {a.dtype.itemsize // (2 if a.dtype.kind == "c" else 1) for a in owned if a.dtype.kind in "fc"}
+    if widths:
+        widths |= {8 for a in owned if a.dtype.kind in "iu" and a.dtype.itemsize > 2}
     if len(widths) > 1:
-        kinds = " and ".join(sorted({str(a.dtype) for a in owned if a.dtype.kind in "fc"}))
+        kinds = " and ".join(sorted({str(a.dtype) for a in owned if a.dtype.kind in "fciu"}))
         raise TypeError(f"{type(op).__name__} got {kinds} together: convert one with .astype(...) so that both agree "
                         "(float32 to train, float64 to check)")
     return device
