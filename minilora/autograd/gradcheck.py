@@ -37,13 +37,13 @@ def gradcheck(fn: Callable[..., Any], inputs: Sequence[Any], *, eps: float = 1e-
     """
     if method not in ("central", "complex"):
         raise ValueError(f"method {method!r}: expected 'central' or 'complex'")
-    tensors = [x if isinstance(x, Tensor) else tensor(x, requires_grad=_is_float(x)) for x in inputs]
+    tensors = [x if isinstance(x, Tensor) else _input(x) for x in inputs]
     checked = [i for i, t in enumerate(tensors) if t.requires_grad]
     if not checked:
         raise ValueError("nothing to check: no input is floating-point with requires_grad=True")
     for i in checked:
         if tensors[i].dtype != np.float64:
-            raise TypeError(f"input {i} is {tensors[i].dtype}, expected float64: finite differences are noise in less precision")
+            raise TypeError(f"input {i} is {tensors[i].dtype}, expected float64: in less precision finite differences are noise")
 
     rng = np.random.default_rng(seed)
     for i in checked:
@@ -67,7 +67,10 @@ def gradcheck(fn: Callable[..., Any], inputs: Sequence[Any], *, eps: float = 1e-
         analytic = np.zeros(t.shape) if t.grad is None else to_host(t.grad)
         steps = _unit_steps(t.shape) if directions is None else _random_steps(t.shape, directions, rng)
         for where, step in steps:
-            slope = _central(t, step, eps, value) if method == "central" else _complex(t, step, value)
+            if method == "central":
+                slope = _central(t, step, eps, value)
+            else:
+                slope = _complex(t, step, value, [tensors[j] for j in checked])
             expected = float((analytic * step).sum())
             if not abs(expected - slope) <= atol + rtol * abs(slope):
                 raise GradcheckError(_message(i, t, where, expected, slope, atol + rtol * abs(slope)))
@@ -87,13 +90,17 @@ def _central(t: Tensor, step: np.ndarray, eps: float, value: Callable[[], comple
     return (above - below).real / (2.0 * eps)
 
 
-def _complex(t: Tensor, step: np.ndarray, value: Callable[[], complex], h: float = 1e-20) -> float:
-    start = t.data
+def _complex(t: Tensor, step: np.ndarray, value: Callable[[], complex], tensors: list[Tensor], h: float = 1e-20) -> float:
+    """The slope along `step`. All `tensors` are complex meanwhile, so that ops may add one to another in place."""
+    starts = [other.data for other in tensors]
     try:
-        t.data = to_device(to_host(start) + 1j * h * step, _device(t))
+        for other in tensors:
+            other.data = other.data.astype("complex128")
+        t.data += to_device(1j * h * step, _device(t))
         result = value()
     finally:
-        t.data = start
+        for other, start in zip(tensors, starts, strict=True):
+            other.data = start
     if not np.iscomplexobj(result):
         raise TypeError("the complex step needs a function that keeps complex numbers; this one returned a real number: "
                         "use method='central'")
@@ -130,8 +137,9 @@ def _outputs(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _is_float(x: Any) -> bool:
-    return isinstance(x, float) or (hasattr(x, "dtype") and x.dtype.kind == "f")
+def _input(x: Any) -> Tensor:
+    array = x if hasattr(x, "dtype") else np.asarray(x)        # numbers and lists are float64 here
+    return tensor(array, requires_grad=array.dtype.kind == "f")
 
 
 def _device(t: Tensor) -> str:
