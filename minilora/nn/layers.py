@@ -19,13 +19,20 @@ from .module import Module, Parameter
 class Linear(Module):
     """y = x Wᵀ + b with weight (out, in), an array or a Parameter to share, and bias (out,) or None.
 
-    In place of a Parameter the weight may be a frozen one with dense(), linear(x) and linear_grad(dy): a quantised base.
+    In place of a Parameter the weight may be a frozen one with shape, compute_dtype (of x and y), dense(), linear(x) and
+    linear_grad(dy), and without a dtype: a quantised base.
     """
 
-    def __init__(self, weight: Array | Parameter, bias: Array | None = None) -> None:
-        self.weight: Any = weight if isinstance(weight, Parameter) else Parameter(weight)
+    def __init__(self, weight: Any, bias: Array | None = None) -> None:
+        is_array = hasattr(weight, "dtype") and not isinstance(weight, Parameter)
+        self.weight: Any = Parameter(weight) if is_array else weight
         self.bias = None if bias is None else Parameter(bias)
         self.adaptation: Any = None
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of its inputs and outputs, in which adapters are made: the weight's own, or what a quantised one names."""
+        return getattr(self.weight, "compute_dtype", None) or self.weight.dtype
 
     def parts(self) -> list[tuple[slice, Linear]]:
         """(rows of the product, the layer that owns them): for a plain layer, itself."""
@@ -96,7 +103,7 @@ class PackedLinear(Linear):
 
 
 class Embedding(Module):
-    """Rows of a table: ids (...) -> (..., D), weight (V, D)."""
+    """Rows of a table: ids (...), integers on the host, where they are checked -> (..., D). weight (V, D)."""
 
     def __init__(self, weight: Array) -> None:
         self.weight = Parameter(weight)

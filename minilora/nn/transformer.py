@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from ..autograd import Tensor, tanh
-from ..autograd.functions import check_ids
 from ..backend import Array, device_of, host_rng, to_device, to_host
 from .blocks import NORMS, Init, KVCache, Rope, Run, build_layer, unrotated
 from .config import TransformerConfig
@@ -74,12 +73,12 @@ class Transformer(Module):
         if start + T > self.cfg.max_len:
             raise ValueError(f"sequence of {start + T} tokens, expected at most max_len = {self.cfg.max_len}: cut or split it")
         run = Run(self._key_mask(attention_mask, (shape[0], start + T)), start, cache)
-        x = self.embed(check_ids(ids, self.cfg.vocab_size, self.embed.weight))
+        x = self.embed(to_host(ids))                               # checked there, on the host, once
         if self.pos_embed is not None:
-            x = x + self.pos_embed(self._on_device(np.arange(start, start + T)))
+            x = x + self.pos_embed(self._on_device(np.arange(start, start + T)[None]))        # (1, T, D)
         if self.type_embed is not None:
             types = np.zeros(shape, np.int64) if token_type_ids is None else token_type_ids
-            x = x + self.type_embed(check_ids(types, self.cfg.n_token_types, self.embed.weight))
+            x = x + self.type_embed(to_host(types))
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         x = self.embed_dropout(x)

@@ -80,7 +80,7 @@ def real_text(size: Size, seeds: list[int]) -> dict[str, Any]:
     cfg = TransformerConfig.gpt2(vocab_size=256, d_model=size.d_model, n_layers=size.n_layers, n_heads=4, max_len=T)
     base = pretrained_base(cfg, prose, size.pretraining, seeds[0], say)
     valid = validation(python, 64, T, size.windows)
-    base_losses = {"loss": _loss(base, valid), "source_loss": _loss(base, validation(prose, 64, T, size.windows))}
+    base_losses = {"loss": mean_loss(base, valid), "source_loss": mean_loss(base, validation(prose, 64, T, size.windows))}
 
     lora_search = lora_runs(base, python, size, {"q, v": [8]}, [seeds[0]], size.lora_rates, valid)
     lora_lr = min(lora_search, key=lambda row: row["loss"])["lr"]
@@ -134,7 +134,7 @@ def lora_runs(base: Transformer, corpus: Corpus, size: Size, ranks: dict[str, li
                 found = analyze(base, name="learned").summary()
                 row |= {"trainable": count_parameters(base)["trainable"], "effective_rank": found["mean_effective_rank"],
                         "energy_rank_90": found["mean_energy_rank_90"],
-                        "merge": {"adapter": _loss(base, valid), "merged": _loss(merge_and_unload(base), valid)}}
+                        "merge": {"adapter": mean_loss(base, valid), "merged": mean_loss(merge_and_unload(base), valid)}}
                 delete_adapter(base, "learned")
             rows.append(row)
     return rows
@@ -145,7 +145,7 @@ def full_run(base: Transformer, corpus: Corpus, size: Size, seed: int, lr: float
     model = Transformer(base.cfg)
     model.load_state_dict(base.state_dict())
     train(model.unfreeze(), text_batches(corpus, size.batch, size.pretraining.tokens, seed), _config(size, lr))
-    return {"lr": lr, "loss": _loss(model, valid)}
+    return {"lr": lr, "loss": mean_loss(model, valid)}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -186,10 +186,6 @@ def table(report: dict[str, Any]) -> str:
 
 def _config(size: Size, lr: float) -> TrainConfig:
     return TrainConfig(steps=size.steps, lr=lr, warmup=0.1, schedule="cosine", weight_decay=0.0, clip=1.0)
-
-
-def _loss(model: Transformer, batches: list[Any]) -> float:
-    return float(mean_loss(model, batches)[0])
 
 
 def _sd(values: list[float]) -> float:
