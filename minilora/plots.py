@@ -70,7 +70,7 @@ def planted_transformer(ax: Axes, data: dict[str, Any]) -> Axes:
     ax.set_yscale("log")
     rank_axis(ax, ranks)
     ax.set_ylabel("KL(teacher ‖ student), nats per token")
-    ax.set_title("A Transformer: the elbow stands at the planted rank")
+    ax.set_title("A Transformer: the elbow is at the planted rank")
     ax.legend(loc="lower left")
     return ax
 
@@ -90,7 +90,7 @@ def text_ranks(ax: Axes, data: dict[str, Any]) -> Axes:
     ax.axhline(data["base"]["loss"], color=BLACK, linestyle=(0, (4, 2)), label="frozen base")
     rank_axis(ax, sorted({row["rank"] for row in data["rows"]}))
     ax.set_ylabel("validation loss, nats per byte")
-    ax.set_title(f"Real text: {data['from']} to {data['to']}, {data['seeds']} seeds")
+    ax.set_title(f"{data['from']} to {data['to']}, {data['seeds']} seeds")
     ax.legend(loc="best")
     return ax
 
@@ -98,12 +98,13 @@ def text_ranks(ax: Axes, data: dict[str, Any]) -> Axes:
 def rank_quality(data: dict[str, Any]) -> Figure:
     """The main job's figure: what is known exactly, what is planted, and what real text shows."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(16.5, 5.2), layout="constrained")
+        figure, axes = plt.subplots(1, 3, figsize=(16, 5.4), layout="constrained")
         planted_linear(axes[0], data["planted_linear"])
         planted_transformer(axes[1], data["planted_transformer"])
         text_ranks(axes[2], data["text"])
         for ax, letter in zip(axes, "abc", strict=True):
-            ax.set_title(f"{letter}   {ax.get_title()}", loc="left")
+            title = ax.get_title()
             ax.set_title("")
-        figure.suptitle("How does quality depend on LoRA's rank?", fontsize=16, fontweight="bold", x=0.01, ha="left")
+            ax.set_title(f"{letter}   {title}", loc="left")
+        figure.suptitle("How does quality depend on LoRA's rank?", fontsize=16, fontweight="bold")
     return figure

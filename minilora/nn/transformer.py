@@ -75,7 +75,7 @@ class Transformer(Module):
         run = Run(self._key_mask(attention_mask, (shape[0], start + T)), start, cache)
         x = self.embed(to_host(ids))                               # checked there, on the host, once
         if self.pos_embed is not None:
-            x = x + self.pos_embed(self._on_device(np.arange(start, start + T)[None]))        # (1, T, D)
+            x = x + self.pos_embed(np.arange(start, start + T)[None])                                 # (1, T, D)
         if self.type_embed is not None:
             types = np.zeros(shape, np.int64) if token_type_ids is None else token_type_ids
             x = x + self.type_embed(to_host(types))
