@@ -67,7 +67,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "accumulate", "log_every", "eval_every", "patience", "checkpoint_every"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1) and not (value is None and name.endswith(("_every", "patience"))):
+            optional = name in ("eval_every", "patience", "checkpoint_every")
+            if not (isinstance(value, int) and value >= 1) and not (value is None and optional):
                 raise ValueError(f"TrainConfig.{name} = {value!r}: expected a whole number of at least 1")
         for name, low, inside in (("lr", 0.0, True), ("weight_decay", 0.0, True), ("eps", 0.0, False), ("clip", 0.0, False)):
             value = getattr(self, name)
@@ -177,7 +178,7 @@ class _Run:
         config, step = self.config, self.step
         self.done = step == config.steps
         evaluates = self.evaluate is not None and (self.done or (config.eval_every and step % config.eval_every == 0))
-        saves = config.checkpoint and (self.done or step % (config.checkpoint_every or max(1, config.steps // 10)) == 0)
+        saves = config.checkpoint and step % (config.checkpoint_every or max(1, config.steps // 10)) == 0
         if step % config.log_every == 0 or self.done or evaluates or saves:
             self.collect()
             bar.set_postfix(loss=f"{self.history.loss[-1]:.4f}", refresh=False)
@@ -186,10 +187,11 @@ class _Run:
         if self.done:
             for path, values in self.best.items():
                 self.params[path].data[...] = values
-        if saves or (self.done and config.checkpoint):
+        if self.done or saves:
+            now = time.perf_counter()
+            self.history.seconds, self.clock = self.history.seconds + now - self.clock, now
+        if config.checkpoint and (self.done or saves):
             self.save()
-        if self.done:
-            self.count_time()
 
     def collect(self) -> None:
         """Bring the pending losses to the host, together."""
@@ -226,7 +228,6 @@ class _Run:
             return mean_loss(self.model, self.evaluate, self.config.ignore_index)
 
     def save(self) -> None:
-        self.count_time()
         arrays = {f"model.{path}": to_host(p.data).copy() for path, p in self.params.items()}
         arrays |= {f"best.{path}": to_host(a).copy() for path, a in self.best.items()}
         arrays |= {f"optimizer.{name}": array for name, array in self.optimizer.state_dict().items()}
@@ -265,11 +266,6 @@ class _Run:
         history["best"] = None if history["best"] is None else tuple(history["best"])
         self.history = History(**history)
         self.step, self.done, self.waited = facts["step"], facts["done"], facts["waited"]
-
-    def count_time(self) -> None:
-        now = time.perf_counter()
-        self.history.seconds += now - self.clock
-        self.clock = now
 
     def _identity(self) -> dict[str, Any]:
         """The fields of the config that change numbers, as JSON gives them back."""
