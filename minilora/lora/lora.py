@@ -23,7 +23,7 @@ class LoRA(Adapter):
     def __init__(self, layer: Linear, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
         super().__init__(layer, config, names, rng)
         d_out, d_in = layer.weight.shape
-        r, dtype = config.rank(names), layer.weight.dtype
+        r, dtype = config.rank(names), layer.dtype
         if r > min(d_out, d_in):
             raise ValueError(f"rank {r} on {names[0]} of shape ({d_out}, {d_in}): expected at most {min(d_out, d_in)}")
         self.base_scale, self.dropout = config.scale(names), config.lora_dropout

@@ -26,7 +26,7 @@ def add_adapter(model: Transformer, config: LoraConfig, name: str = "default", s
     does not fit a module; then the model is unchanged.
     """
     if not name or "." in name or name == "__base__":
-        raise ValueError(f"adapter name {name!r}: expected a non-empty name without dots, and not __base__, which means no adapter")
+        raise ValueError(f"adapter name {name!r}: expected a non-empty name without dots, and not __base__ (no adapter)")
     if name in adapter_names(model):
         raise ValueError(f"the model already has an adapter {name!r}: choose another name, or delete_adapter(model, {name!r})")
     _refuse_merged(model, "add an adapter")
@@ -37,7 +37,7 @@ def add_adapter(model: Transformer, config: LoraConfig, name: str = "default", s
         if kind is None:
             raise ValueError(f"method {config.method!r} cannot adapt {path}, a {type(layer).__name__}")
         new.append((layer, kind(layer, config, names, rng)))
-    for path, names, layer in _modules_to_save(model, config):
+    for _, names, layer in _modules_to_save(model, config):
         new.append((layer, METHODS["replace", Linear](layer, config, names, rng)))
     device = device_of(model.embed.weight.data).name
     for layer, adapter in new:
@@ -126,10 +126,10 @@ def merge_adapter(model: Transformer) -> None:
             values = _merged(layer)
         if values is not None:
             if not isinstance(layer.weight, Tensor):
-                raise ValueError("merge: got a quantised base weight, expected a dense one: rounding again would lose the update")
+                raise ValueError("merge: got a quantised base weight, expected a dense one: rounding again loses the update")
             if not all(bool(array_module(v).isfinite(v).all()) for v in values):
-                raise ValueError("merge: got NaN or infinite values in a merged weight, expected finite numbers: take an earlier "
-                                 "checkpoint of the adapter")
+                raise ValueError("merge: got NaN or infinite values in a merged weight, expected finite numbers: take an "
+                                 "earlier checkpoint of the adapter")
             results.append((layer, values))
     for layer, values in results:
         if layer in (model.embed, model.head) and model.head is not None and model.head.weight is model.embed.weight:
@@ -202,7 +202,7 @@ def _modules_to_save(model: Transformer, config: LoraConfig) -> Iterator[tuple[s
     for name in wanted:
         paths = [path for path, known in names.items() if any(n == name or n.endswith(f".{name}") for n in known)]
         if not paths or not all(isinstance(modules[path], Linear) for path in paths):
-            raise ValueError(f"modules_to_save: {name!r} is no linear layer of this model")
+            raise ValueError(f"modules_to_save: got {name!r}, expected a linear layer of this model, such as classifier")
         yield from ((path, names[path], modules[path]) for path in paths)
 
 
