@@ -43,7 +43,7 @@ def gradcheck(fn: Callable[..., Any], inputs: Sequence[Any], *, eps: float = 1e-
         raise ValueError("nothing to check: no input is floating-point with requires_grad=True")
     for i in checked:
         if tensors[i].dtype != np.float64:
-            raise TypeError(f"input {i} is {tensors[i].dtype}, expected float64: in less precision finite differences are noise")
+            raise TypeError(f"input {i} is {tensors[i].dtype}, expected float64: in less precision differences are noise")
 
     rng = np.random.default_rng(seed)
     for i in checked:
