@@ -1,0 +1,119 @@
+"""The command line: every verb shows an example, JSON is JSON, and bad input is one line and exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import minilora
+from minilora.cli import main, parser
+from minilora.lora import LoraConfig, add_adapter, adapters_of
+from minilora.lora.files import save_adapter
+from minilora.nn import Transformer, TransformerConfig
+from minilora.studies import STUDIES, rank_quality
+
+
+def fails(arguments, capsys, code=2):
+    """The one line on standard error."""
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("minilora: "), captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize("verb", ["study", "bench", "analyze"])
+def test_help_shows_an_example(verb, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"example: minilora {verb}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert minilora.__version__ in capsys.readouterr().out
+
+
+def test_study_list_names_every_study(capsys):
+    main(["study", "--list"])
+    out = capsys.readouterr().out
+    for name, study in STUDIES.items():
+        assert name in out and study.QUESTION in out
+
+
+def test_unknown_study(capsys):
+    line = fails(["study", "rank-qualty"], capsys)
+    assert "'rank-qualty'" in line and "rank-quality" in line
+
+
+def test_unwritable_out_is_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    def work(*_):
+        raise AssertionError("work was done before --out was looked at")
+    monkeypatch.setattr(rank_quality, "planted_linear", work)
+    blocked = tmp_path / "file"
+    blocked.write_text("kept")
+    line = fails(["study", "rank-quality", "--quick", "--out", str(blocked)], capsys)
+    assert "--out" in line and str(blocked) in line
+    assert blocked.read_text() == "kept" and list(tmp_path.iterdir()) == [blocked]
+
+
+def test_devices(capsys, monkeypatch):
+    assert "tpu" in fails(["study", "rank-quality", "--device", "tpu"], capsys)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert "pip install" in fails(["study", "rank-quality", "--device", "gpu"], capsys, code=1)
+
+
+def test_negative_seed(capsys):
+    assert "--seed -1" in fails(["study", "rank-quality", "--seed", "-1"], capsys)
+
+
+def test_analyze_prints_a_table_and_json(tmp_path, capsys, rng):
+    model = Transformer(TransformerConfig.llama(vocab_size=20, d_model=8, n_layers=1, n_heads=2))
+    add_adapter(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for adapter in adapters_of(model).values():
+        adapter.lora_B.data[...] = rng.standard_normal(adapter.lora_B.shape)
+    save_adapter(model, tmp_path / "adapter")
+    assert main(["analyze", str(tmp_path / "adapter")]) == 0
+    assert "q_proj" in capsys.readouterr().out
+    assert main(["analyze", str(tmp_path / "adapter"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    name, = (n for n in found["modules"] if n.endswith("q_proj"))
+    A, B = (adapters_of(model)["layers.0.attn.q_proj"].factors()[i].data.astype(float) for i in (0, 1))
+    expected = np.linalg.svd(4.0 * B @ A, compute_uv=False)[:2]
+    np.testing.assert_allclose(found["modules"][name]["singular_values"], expected, rtol=1e-6)
+
+
+def test_analyze_of_nothing(tmp_path, capsys):
+    line = fails(["analyze", str(tmp_path / "missing")], capsys)
+    assert "missing" in line
+
+
+def test_analyze_of_a_broken_file(tmp_path, capsys):
+    model = Transformer(TransformerConfig.llama(vocab_size=20, d_model=8, n_layers=1, n_heads=2))
+    add_adapter(model, LoraConfig(r=2))
+    save_adapter(model, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    fails(["analyze", str(tmp_path / "adapter")], capsys)
+
+
+def test_a_missing_peer_is_one_line(monkeypatch, capsys):
+    def gone(*_, **__):
+        raise RuntimeError("the benchmark compares with PyTorch, and torch is missing: pip install torch")
+    monkeypatch.setattr("minilora.bench.run", gone)
+    assert "pip install torch" in fails(["bench"], capsys, code=1)
+
+
+def test_the_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "minilora", "study", "--list"], capture_output=True, text=True, check=True)
+    assert "rank-quality" in done.stdout
+
+
+def test_every_verb_says_what_it_does():
+    verbs = next(a for a in parser()._actions if a.dest == "verb")
+    assert set(verbs.choices) == {"study", "bench", "analyze"}
