@@ -103,7 +103,7 @@ class History:
 
 
 def train(model: Module, batches: Batches, config: TrainConfig, *, loss: Callable[[Any, Batch], Tensor] | None = None,
-          evaluate: Callable[[Any], float] | Sequence[Batch] | None = None, optimizer: Any = None,
+          evaluate: Callable[[Any], float] | Iterable[Batch] | None = None, optimizer: Any = None,
           callback: Callable[[int, Any, History], Any] | None = None) -> History:
     """Train the parameters of `model` that require a gradient, in place.
 
@@ -143,7 +143,8 @@ class _Run:
     """The state of one call of `train`: what a checkpoint holds, and what is done after an update."""
 
     def __init__(self, model: Any, config: TrainConfig, loss: Any, evaluate: Any, optimizer: Any) -> None:
-        self.model, self.config, self.loss, self.evaluate = model, config, loss, evaluate
+        self.model, self.config, self.loss = model, config, loss
+        self.evaluate = evaluate if evaluate is None or callable(evaluate) else eval_batches(evaluate)
         if config.patience is not None and evaluate is None:
             raise ValueError(f"TrainConfig.patience = {config.patience}, but evaluate is None: give batches or a function")
         if any(a.saved is not None for a in adaptations(model)):
@@ -331,13 +332,19 @@ def mean_loss(model: Any, batches: Iterable[Batch], ignore_index: int = -100) ->
 
     The model stays in the mode it is in. Raises ValueError if there is no batch.
     """
-    config = TrainConfig(steps=1, ignore_index=ignore_index)
+    config, batches = TrainConfig(steps=1, ignore_index=ignore_index), eval_batches(batches)
     with no_grad():
-        pairs = [(model_loss(model, batch, config).data, target_counts(batch, ignore_index)) for batch in batches]
-    if not pairs:
+        losses = [model_loss(model, batch, config).data for batch in batches]
+    weights = [target_counts(batch, ignore_index)[0] for batch in batches]
+    return float(np.average(to_host(array_module(*losses).stack(losses)).astype(float), weights=weights))
+
+
+def eval_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """Batches that are used again and again. Raises ValueError if there are none."""
+    batches = list(batches)
+    if not batches:
         raise ValueError("evaluate: got no batches, expected at least one")
-    losses = to_host(array_module(pairs[0][0]).stack([loss for loss, _ in pairs])).astype(float)
-    return float(np.average(losses, weights=[count[0] for _, count in pairs]))
+    return batches
 
 
 def target_counts(batch: Batch, ignore_index: int, groups: int = 1) -> np.ndarray:                 # -> (groups,)

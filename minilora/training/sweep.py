@@ -10,7 +10,7 @@ set of launches and one Python loop.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,17 @@ from ..backend import Array, array_module, device_of, to_device, to_host
 from ..lora import Adapter, LoRA, LoraConfig, Replacement, adapters_of, add_adapter, delete_adapter, set_adapter
 from ..lora.model import adaptations
 from ..nn import Dropout, Parameter, Transformer
-from .loop import Batch, TrainConfig, as_dict, logits_and_targets, model_loss, target_counts, target_shares, update
+from .loop import (
+    Batch,
+    TrainConfig,
+    as_dict,
+    eval_batches,
+    logits_and_targets,
+    model_loss,
+    target_counts,
+    target_shares,
+    update,
+)
 from .optim import AdamW
 
 NAME = "sweep"                                                     # of the adapters that carry the axis K, while they train
@@ -80,7 +90,7 @@ class SweepResult:
 
 
 def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seeds: Sequence[int] = (0,),
-          lrs: Sequence[float] | None = None, train: TrainConfig, evaluate: Sequence[Batch] | None = None,
+          lrs: Sequence[float] | None = None, train: TrainConfig, evaluate: Iterable[Batch] | None = None,
           loss: Loss | None = None, chunk: int | None = None, memory: int = 2 << 30) -> SweepResult:
     """Train every combination of config, seed and learning rate, K cells side by side.
 
@@ -99,6 +109,7 @@ def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seed
     cells = [Cell(i, config, seed, float(lr)) for i, (config, seed, lr) in
              enumerate(itertools.product(configs, seeds, (train.lr,) if lrs is None else lrs))]
     _check(model, cells, train, chunk)
+    evaluate = None if evaluate is None else eval_batches(evaluate)
     parts: list[_Chunk] = []
     order: list[int] = []
     with plain_base(model), np.errstate(all="ignore"):
@@ -107,7 +118,7 @@ def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seed
         order = sorted(range(len(cells)), key=lambda k: _size(adapters[k]))    # chunks of similar rank: little is padding
         if chunk is None:
             first = _side_by_side(task, cells[:1], 0)
-            chunk = max(1, int(memory // bytes_per_cell(model, adapters[order[-1]], first, evaluate or ())))
+            chunk = max(1, memory // bytes_per_cell(model, adapters[order[-1]], first, evaluate or []))
         with tqdm(total=train.steps * len(cells), leave=False, disable=None if train.progress else True, unit="step") as bar:
             for start in range(0, len(cells), chunk):
                 chosen = order[start : start + chunk]
