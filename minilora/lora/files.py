@@ -214,7 +214,7 @@ def save_adapter(model: Transformer, directory: str | os.PathLike[str], name: st
     own = {} if model.cfg.model_type else {"module_names": "minilora"}
     write_adapter(folder, config | own | {
         "task_type": task, "base_model_name_or_path": base_model, "target_modules": _shortest(targets, visible),
-        "fan_in_fan_out": any(stored_transposed(model.cfg, file) for file in targets)}, modules)
+        "fan_in_fan_out": any(stored_transposed(model.cfg, file) for file in files.values())}, modules)
 
 
 # -------------------------------------------------------------------------------------------------------------------- helpers
