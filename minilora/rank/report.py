@@ -17,6 +17,7 @@ from ..autograd import Tensor
 from ..backend import array_module, device_of, to_device
 from ..lora import adapters_of, disable_adapter, factored_svd
 from ..lora.config import module_names
+from ..lora.files import read_adapter
 from ..nn import Transformer
 from .measures import measures
 
@@ -77,7 +78,7 @@ def analyze(model_or_directory: Transformer | str | PathLike[str], base: Transfo
 
     model_or_directory: a model, whose adapter `name` is read and whose module names are used; or a directory with an adapter
     in PEFT's files, under the files' own names. base: the model whose weights W the update is compared with; a model serves
-    itself. With a base W each module also gets
+    itself. name: of a model's adapter. With a base W each module also gets
 
         relative_norm = ‖ΔW‖_F / ‖W‖_F,      amplification = ‖ΔW‖_F / ‖Uᵀ W V‖_F,
 
@@ -85,21 +86,25 @@ def analyze(model_or_directory: Transformer | str | PathLike[str], base: Transfo
     update's own directions (Hu et al. 2021, arXiv:2106.09685, section 7.3).
 
     Raises KeyError if there is no such adapter or the base lacks a module, ValueError for factors that are not finite or do
-    not have the base's shape, TypeError for a base that is no model.
+    not have the base's shape, TypeError for a base that is no model, and for a directory as read_adapter does.
     """
     if base is not None and not isinstance(base, Transformer):
         raise TypeError(f"base: got {type(base).__name__}, expected a Transformer; load one with load_pretrained")
-    factors, left_out = {}, {}
+    factors: dict[str, tuple[Any, Any, Any]] = {}
+    left_out: dict[str, str] = {}
     if isinstance(model_or_directory, Transformer):
         base = base or model_or_directory
         for path, adapter in adapters_of(model_or_directory, name).items():
             if adapter.factors() is None:
-                left_out[path] = f"{type(adapter).__name__} is no product of two factors"
+                left_out[path] = f"a {type(adapter).__name__}, whose update is no product s·B@A"
             else:
                 factors[path] = adapter.factors()
     else:
-        from ..lora.files import read_adapter
-        factors = {path: (f["A"], f["B"], f["scale"]) for path, f in read_adapter(model_or_directory)[1].items()}
+        for path, entry in read_adapter(model_or_directory)[1].items():
+            if "A" not in entry:
+                left_out[path] = "saved whole"
+            else:
+                factors[path] = entry["A"], entry["B"], entry["scale"]
     layers = _layers(base, list(factors)) if base is not None else {}
     with disable_adapter(base) if base is not None else nullcontext():     # W is the plain base, whatever is merged into it
         return Report({path: _row(path, *f, layers.get(path)) for path, f in factors.items()}, left_out)
