@@ -95,7 +95,7 @@ class Adaptation(Module):
         """The output of `base` (which may be packed) with all the terms on it and on its row blocks."""
         terms = working_terms(base)
         products = [t for t in terms if changes(t[1], "adapted_weight") or changes(t[1], "forward")]
-        factors = [adapter.factors() for _, adapter, _ in products]
+        factors: list[Any] = [adapter.factors() for _, adapter, _ in products]
         mixed = any(chosen is not None for _, _, chosen in terms)
         if all(f is not None for f in factors) and not (mixed and any(changes(t[1], "adapted_bias") for t in terms)):
             bias = _by_rows(base, base.bias, [t[:2] for t in terms], "adapted_bias")
@@ -127,7 +127,7 @@ class Adaptation(Module):
         return y
 
 
-def working_terms(base: Linear) -> list[tuple[slice, Adapter, list[bool] | None]]:
+def working_terms(base: Linear) -> list[tuple[slice, Adapter, Any]]:
     """(rows of the product, adapter, rows of the batch or None) for a layer and its blocks."""
     return [(block, adapter, chosen) for block, layer in base.parts() if layer.adaptation is not None
             for adapter, chosen in layer.adaptation.terms()]
