@@ -36,7 +36,12 @@ class KVCache:
         self.values: Array = None
 
     def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Store (B, KV, T, hd) at positions start … and return all keys and values up to there."""
+        """Store (B, KV, T, hd) at positions start … and return all keys and values up to there.
+
+        Raises RuntimeError if gradients are recorded: they would end here without a word.
+        """
+        if k.requires_grad or v.requires_grad:
+            raise RuntimeError("a key-value cache passes no gradients: call the model inside no_grad(), or without cache=")
         B, KV, T, hd = k.shape
         if self.keys is None:
             xp = array_module(k.data)
@@ -163,7 +168,8 @@ def build_layer(cfg: TransformerConfig, init: Init, rotate: Any, index: int) -> 
     if cfg.mlp == "swiglu":
         mlp: Module = GatedMLP(init.linear(D, F, cfg.bias), init.linear(D, F, cfg.bias), init.linear(F, D, cfg.bias, end))
     else:
-        mlp = MLP(init.linear(D, F, cfg.bias), init.linear(F, D, cfg.bias, end), {"gelu": gelu, "gelu_tanh": gelu_tanh}[cfg.mlp])
+        activation = {"gelu": gelu, "gelu_tanh": gelu_tanh}[cfg.mlp]
+        mlp = MLP(init.linear(D, F, cfg.bias), init.linear(F, D, cfg.bias, end), activation)
     norms = [NORMS[cfg.norm](D, cfg.norm_eps, init.dtype) for _ in range(2)]
     kind = PreNormLayer if cfg.norm_first else PostNormLayer
     return kind(attn, norms[0], mlp, norms[1], Dropout(cfg.dropout, init.rng))

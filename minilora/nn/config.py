@@ -55,8 +55,8 @@ class TransformerConfig:
     model_type: str | None = None
 
     def __post_init__(self) -> None:
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.d_ff = self.d_ff or 4 * self.d_model
+        self.n_kv_heads = self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+        self.d_ff = 4 * self.d_model if self.d_ff is None else self.d_ff
         self.bias = self.norm == "layernorm" if self.bias is None else self.bias
         self.qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
         self.head = self.head or ("lm" if self.n_labels is None else "sequence")

@@ -17,8 +17,9 @@ def generate(model: Transformer, ids: Any, max_new_tokens: int, *, temperature: 
     """Continue prompts ids (B, T) by up to max_new_tokens: (B, T + new) token ids on the host, prompt included.
 
     temperature 0 takes the likeliest token (greedy); above 0 it samples from softmax(logits / temperature), restricted to
-    the top_k likeliest tokens, or to the smallest set whose probability reaches top_p. A row that has produced eos_token_id
-    is filled with it; generation ends when all rows have. Keys and values are cached, so every token costs one position.
+    the top_k likeliest tokens, or to the smallest set whose probability reaches top_p (with both: of the top_k's own). A row
+    that has produced eos_token_id is filled with it; generation ends when all rows have. Keys and values are cached, so every
+    token costs one position.
 
     Raises ValueError if the result would be longer than max_len, or for options out of range.
     """
@@ -34,7 +35,7 @@ def stream(model: Transformer, ids: Any, max_new_tokens: int, *, temperature: fl
     if not model.cfg.causal or model.cfg.head != "lm":
         raise ValueError("generate needs a causal model with a language-modelling head; this one is "
                          f"causal={model.cfg.causal}, head={model.cfg.head!r}")
-    if ids.ndim != 2 or ids.shape[1] + max_new_tokens > model.cfg.max_len:
+    if ids.ndim != 2 or max_new_tokens < 0 or ids.shape[1] + max_new_tokens > model.cfg.max_len:
         raise ValueError(f"prompt of shape {ids.shape} plus {max_new_tokens} new tokens: expected (B, T) with T + new at most "
                          f"max_len = {model.cfg.max_len}")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
@@ -71,6 +72,7 @@ def choose(logits: np.ndarray, temperature: float, top_k: int | None, top_p: flo
     p /= p.sum(axis=-1, keepdims=True)
     if top_k is not None:
         p[:, top_k:] = 0.0
+        p /= p.sum(axis=-1, keepdims=True)
     if top_p is not None:
         p[np.cumsum(p, axis=-1) - p >= top_p] = 0.0                                # keep the token that crosses top_p
     cumulative = np.cumsum(p, axis=-1)

@@ -112,8 +112,9 @@ class Module:
         for path, p in own.items():
             if tuple(state[path].shape) != p.shape:
                 raise ValueError(f"{path}: got shape {tuple(state[path].shape)}, expected {p.shape}")
+        values = {path: np.asarray(state[path], dtype=p.dtype) for path, p in own.items()}     # raises before the first write
         for path, p in own.items():
-            p.data[...] = to_device(np.asarray(state[path], dtype=p.dtype), device_of(p.data).name)
+            p.data[...] = to_device(values[path], device_of(p.data).name)
 
 
 def _some(names: Any) -> str:

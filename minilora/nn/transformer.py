@@ -55,10 +55,10 @@ class Transformer(Module):
         out. adapter_names: for each row of the batch the adapter it uses, "__base__" for none. cache: from `new_cache`, for
         generation: the ids continue the sequence that the cache holds.
 
-        Raises IndexError for an id outside the vocabulary, ValueError for a sequence longer than max_len or masks and names
-        that do not fit the batch.
+        Raises IndexError for an id outside the vocabulary, ValueError for a sequence longer than max_len or masks, types and
+        names that do not fit the batch.
         """
-        with self._rows_use(adapter_names, len(ids)):
+        with self._rows_use(adapter_names, ids):
             x = self.hidden(ids, attention_mask=attention_mask, token_type_ids=token_type_ids, cache=cache)
             return self.answer(x, attention_mask)
 
@@ -72,6 +72,9 @@ class Transformer(Module):
         T = shape[1]
         if start + T > self.cfg.max_len:
             raise ValueError(f"sequence of {start + T} tokens, expected at most max_len = {self.cfg.max_len}: cut or split it")
+        if token_type_ids is not None and (self.type_embed is None or np.shape(to_host(token_type_ids)) != shape):
+            raise ValueError(f"token_type_ids of shape {np.shape(to_host(token_type_ids))}, expected {shape} and a model with "
+                             f"n_token_types > 0, which here is {self.cfg.n_token_types}")
         run = Run(self._key_mask(attention_mask, (shape[0], start + T)), start, cache)
         x = self.embed(to_host(ids))                               # checked there, on the host, once
         if self.pos_embed is not None:
@@ -104,11 +107,11 @@ class Transformer(Module):
         return [KVCache(self.cfg.max_len) for _ in self.layers]
 
     @contextmanager
-    def _rows_use(self, names: Sequence[str] | None, batch: int) -> Iterator[None]:
+    def _rows_use(self, names: Sequence[str] | None, ids: Any) -> Iterator[None]:
         """Tell every adapted layer which adapter each row of the batch uses, for the time of one forward pass."""
         adaptations = [m.adaptation for _, m in self.named_modules() if getattr(m, "adaptation", None) is not None]
-        if names is not None and len(names) != batch:
-            raise ValueError(f"{len(names)} adapter names for a batch of {batch} rows: give one for each row")
+        if names is not None and len(names) != len(ids):
+            raise ValueError(f"{len(names)} adapter names for a batch of {len(ids)} rows: give one for each row")
         unknown = set(names or ()) - {"__base__"} - {name for a in adaptations for name in a.adapters}
         if unknown:
             raise ValueError(f"no adapter named {sorted(unknown)[0]!r} on this model: add or load it first")
