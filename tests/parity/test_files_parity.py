@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from minilora.lora import LoraConfig, adapters_of, add_adapter, set_scale
 from minilora.lora.files import load_adapter, read_adapter, save_adapter
-from minilora.lora.peft_config import LACKING, NEUTRAL, OPTIONS
+from minilora.lora.peft_format import LACKING, NEUTRAL, OPTIONS
 from minilora.nn import Transformer
 
 CASES = [(name, i) for name, (form, _) in FORMS.items() for i in range(len(TARGETS[form]))]
@@ -83,6 +83,24 @@ def test_saved_by_peft_loads_here(name, i, tmp_path, rng):
     for key in ("lora_dropout", "use_rslora", "fan_in_fan_out", "bias", "use_dora", "peft_type", "task_type", "inference_mode"):
         assert written[key] == read[key], key
     assert written.keys() <= read.keys()
+
+
+@pytest.mark.parametrize(("name", "theirs_only", "targets"), [
+    ("bert-sequence", "BertModel", ["query", "dense"]), ("gpt2", "GPT2Model", r"h\.\d\.attn\.c_attn"),
+    ("llama", "LlamaModel", ["layers.0.mlp.up_proj", "embed_tokens"])])
+def test_an_adapter_of_the_bare_model_loads(name, theirs_only, targets, tmp_path, rng):
+    """Adapters for embeddings are trained without a head, and their keys lack the model's own name."""
+    form, fields = FORMS[name]
+    ours, theirs = twins(form, **fields)
+    bare = theirs.base_model
+    assert type(bare).__name__ == theirs_only
+    wrapped = peft.get_peft_model(bare, peft.LoraConfig(r=2, target_modules=targets, fan_in_fan_out=form == "gpt2"))
+    randomise_theirs(wrapped, rng)
+    wrapped.eval().save_pretrained(tmp_path)
+    load_adapter(ours, tmp_path)
+    ids = rng.integers(1, ours.cfg.vocab_size, (2, 7))
+    expected = wrapped(torch.from_numpy(ids)).last_hidden_state.detach().numpy()
+    close(ours.hidden(ids).data, expected, 1e-10)
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.5])

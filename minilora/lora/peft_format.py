@@ -1,0 +1,240 @@
+"""PEFT's adapter folder as plain arrays: read, checked and written without PyTorch and without a model.
+
+adapter_config.json says which LoRA, where and at what scale; adapter_model.safetensors holds the values, under the keys
+"base_model.model." + the module's path in the architecture's files + ".lora_A.weight" and so on. A folder comes from
+outside, so nothing in it is believed before it is checked. A config's option that we lack is an error only where its value
+is not PEFT's default, since else it changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from .config import LoraConfig
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+LEAVES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "weight", "bias", "base_layer.weight",
+          "base_layer.bias")
+KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)\.({'|'.join(map(re.escape, LEAVES))})")
+
+# PEFT's LoraConfig (0.21) with its defaults: what a key means that a config leaves out or gives as null.
+OPTIONS: dict[str, Any] = {                                # our LoraConfig has them too
+    "r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": None, "exclude_modules": None, "use_rslora": False,
+    "init_lora_weights": True, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None,
+}
+LACKING: dict[str, Any] = {                                # they change the update, or the base, in ways we do not have
+    "bias": "none", "use_dora": False, "lora_bias": False, "trainable_token_indices": None, "target_parameters": None,
+    "layer_replication": None, "megatron_config": None, "velora_config": None, "alora_invocation_tokens": None,
+    "use_qalora": False, "monteclora_config": None, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
+    "ensure_weight_tying": False,
+}
+NEUTRAL: dict[str, Any] = {                                # they say nothing about a trained update
+    "task_type": None, "auto_mapping": None, "peft_version": None, "base_model_name_or_path": None, "revision": None,
+    "inference_mode": False, "fan_in_fan_out": False, "layers_pattern": None, "megatron_core": "megatron.core",
+    "loftq_config": {}, "eva_config": None, "corda_config": None, "lora_ga_config": None, "qalora_group_size": 16,
+}
+BASE_CHANGING_INITS = re.compile("pissa|olora|corda|lora_ga|loftq")       # such an update belongs to a changed base
+KEPT = ("task_type", "base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "use_rslora", "init_lora_weights",
+        "module_names")                                    # what a written config takes over; the modules say the rest
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, kind) for v in value)
+
+
+FORMS = {                                                  # what the value must be, where LoraConfig does not check it
+    "lora_alpha": (_number, "a number"),
+    "lora_dropout": (_number, "a number"),
+    "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "init_lora_weights": (lambda v: isinstance(v, (bool, str)), "true, false or a name"),
+    "target_modules": (lambda v: isinstance(v, str) or _list_of(str, v), "a regex or a list of names"),
+    "exclude_modules": (lambda v: isinstance(v, str) or _list_of(str, v), "a regex or a list of names"),
+    "rank_pattern": (lambda v: isinstance(v, dict), "an object of names and ranks"),
+    "alpha_pattern": (lambda v: isinstance(v, dict) and all(map(_number, v.values())), "an object of names and numbers"),
+    "modules_to_save": (lambda v: _list_of(str, v), "a list of names"),
+    "layers_to_transform": (lambda v: isinstance(v, int) or _list_of(int, v), "layer numbers"),
+}
+
+
+def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """A PEFT LoRA folder as (config, modules), on the host.
+
+    config: the file's keys, and PEFT's defaults for those it leaves out. modules: the module's path in the file -> {"A"
+    (r, in), "B" (out, r), "scale" s, "embedding" bool}: the update of its weight (out, in), or of an embedding table (V, D),
+    is s·B@A. A module that was saved whole has {"weight"} and perhaps {"bias"} instead, in the file's layout; one whose base
+    PEFT saved along has "base_weight" too. F16 stays F16; BF16 becomes float32, exactly.
+
+    Raises FileNotFoundError if the folder or a file is missing, and ValueError for anything in them that is not as it
+    should be.
+    """
+    folder, modules = Path(directory), dict[str, dict[str, Any]]()
+    for part in (folder, folder / CONFIG, folder / WEIGHTS):
+        if not part.exists():
+            raise FileNotFoundError(f"{part} does not exist: expected a folder with {CONFIG} and {WEIGHTS}, as save_adapter "
+                                    "and PEFT's save_pretrained write it")
+    options = read_config(folder / CONFIG)
+    config = to_lora_config(options)
+    for key, array in read_safetensors(folder / WEIGHTS).items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(f'{folder / WEIGHTS}: unexpected key {key!r}, expected "{PREFIX}MODULE.lora_A.weight" and the '
+                             "like: is this a LoRA adapter in PEFT's format?")
+        modules.setdefault(match[1], {})[match[2]] = array
+    if not modules:
+        raise ValueError(f"{folder / WEIGHTS} holds no tensors: save the adapter again")
+    return options, {path: _module(path, leaves, options, config) for path, leaves in modules.items()}
+
+
+def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], modules: dict[str, dict[str, Any]],
+                  target_modules: list[str] | None = None) -> None:
+    """Write a folder that PEFT and read_adapter read: `modules` as read_adapter returns them, and a config for the rest.
+
+    Ranks, alphas, modules_to_save and targets are those of the modules. target_modules: a shorter way to say these targets
+    than by their whole paths. Each file gets a temporary name first and the config comes last, so an interrupted write leaves
+    the old adapter or none. Raises ValueError without a low-rank module, OSError if the folder cannot be written.
+    """
+    folder, tensors = Path(directory), dict[str, np.ndarray]()
+    for path, entry in modules.items():
+        leaves: dict[str, Any] = {leaf: entry[leaf] for leaf in ("weight", "bias") if leaf in entry}
+        if entry.get("embedding"):
+            leaves = {"lora_embedding_A": entry["B"].T, "lora_embedding_B": entry["A"].T}
+        elif "A" in entry:
+            leaves = {"lora_A.weight": entry["A"], "lora_B.weight": entry["B"]}
+        tensors |= {f"{PREFIX}{path}.{leaf}": np.ascontiguousarray(array) for leaf, array in leaves.items()}
+    factors = {path: entry for path, entry in modules.items() if "A" in entry}
+    if not factors:
+        raise ValueError(f"no module has a low-rank update, got {', '.join(modules) or 'none'}: there is no LoRA to write")
+    root = 0.5 if config.get("use_rslora") else 1.0
+    r, rank_pattern = by_module({path: entry["A"].shape[0] for path, entry in factors.items()})
+    alpha, alpha_pattern = by_module({p: _plain(e["scale"] * e["A"].shape[0] ** root) for p, e in factors.items()})
+    text = json.dumps({key: value for key, value in config.items() if key in KEPT} | {
+        "peft_type": "LORA", "inference_mode": True, "use_dora": False, "bias": "none", "r": r, "rank_pattern": rank_pattern,
+        "lora_alpha": alpha, "alpha_pattern": alpha_pattern, "target_modules": target_modules or sorted(factors),
+        "modules_to_save": sorted(modules.keys() - factors.keys()) or None}, indent=2, sort_keys=True).encode()
+    contents = {WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}), CONFIG: text}
+    temporary = {file: folder / f".{file}.{os.getpid()}.tmp" for file in contents}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in contents.items():
+            temporary[file].write_bytes(content)
+        if (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != text:
+            (folder / CONFIG).unlink()                     # the old config does not belong to the new weights
+        for file in contents:
+            os.replace(temporary[file], folder / file)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write an adapter to {folder} ({reason}): give a folder that you can write to") from None
+    finally:
+        for leftover in temporary.values():
+            with suppress(OSError):                        # it has its final name already
+                leftover.unlink()
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file; BF16 becomes float32, exactly, through its 16 bits.
+
+    Raises ValueError for a file that is truncated or does not fit its header, for other dtypes and for values that are not
+    finite.
+    """
+    try:
+        entries = safetensors.deserialize(Path(path).read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from None
+    tensors = {}
+    for key, entry in entries:
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {key} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
+        array = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] == "BF16":                       # the upper half of a float32
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path}: {key} has NaN or infinite values, expected finite numbers: the training that made it "
+                             "diverged, take an earlier checkpoint")
+        tensors[key] = array
+    return tensors
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config with PEFT's defaults filled in, every value checked that we use. Raises ValueError, naming the key."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): save the adapter again") from None
+    kind = found.get("peft_type") if isinstance(found, dict) else type(found).__name__
+    if kind != "LORA":
+        raise ValueError(f'{path}: peft_type is {kind!r}, expected "LORA": adapters of other methods cannot be read')
+    options = NEUTRAL | LACKING | OPTIONS | {key: value for key, value in found.items() if value is not None}
+    for key, default in LACKING.items():
+        if options[key] != default and (options[key] or default):
+            raise ValueError(f"{path}: {key} = {options[key]!r}, expected {default!r}: this LoRA does not have the option")
+    for key, (fits, expected) in FORMS.items():
+        if options[key] is not None and not fits(options[key]):
+            raise ValueError(f"{path}: {key} = {options[key]!r}, expected {expected}")
+    patterns = [rf"(.*\.)?({key})" for key in (*options["rank_pattern"], *options["alpha_pattern"])]         # as they are used
+    for pattern in (*patterns, options["target_modules"], options["exclude_modules"]):
+        try:
+            re.compile(pattern if isinstance(pattern, str) else "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{path}: {pattern!r} is not a regular expression ({error})") from None
+    init = options["init_lora_weights"]
+    if BASE_CHANGING_INITS.match(str(init)):
+        raise ValueError(f"{path}: init_lora_weights = {init!r} goes with a base that this init changed, "
+                         "expected plain LoRA: in PEFT, save_pretrained(path_initial_model_for_weight_conversion=) converts it")
+    return options
+
+
+def to_lora_config(options: dict[str, Any]) -> LoraConfig:
+    """Our LoraConfig of a checked config. How the values began no longer matters."""
+    return LoraConfig(**{key: options[key] for key in OPTIONS} | {"init_lora_weights": True})
+
+
+def saved_whole(options: dict[str, Any], file: str) -> bool:
+    """Whether modules_to_save names the module with this path, or one that it is a part of."""
+    return any(f".{name}." in f".{file}." for name in options["modules_to_save"] or ())
+
+
+def _module(path: str, leaves: dict[str, Any], options: dict[str, Any], config: LoraConfig) -> dict[str, Any]:
+    """One module of read_adapter's result, from the arrays of its keys."""
+    table = any(leaf.startswith("lora_embedding") for leaf in leaves)
+    first, second = ("lora_embedding_B", "lora_embedding_A") if table else ("lora_A.weight", "lora_B.weight")
+    base = {f"base_{leaf}": leaves[f"base_layer.{leaf}"] for leaf in ("weight", "bias") if f"base_layer.{leaf}" in leaves}
+    whole: dict[str, Any] = {leaf: leaves[leaf] for leaf in ("weight", "bias") if leaf in leaves}
+    if leaves.keys() - whole.keys() - {f"base_layer.{leaf}" for leaf in ("weight", "bias")} != {first, second}:
+        if set(leaves) - {"bias"} != {"weight"}:
+            raise ValueError(f"{path} has {', '.join(sorted(leaves))}, expected lora_A and lora_B, or a weight: save it again")
+        # A table that is not in modules_to_save is PEFT's copy of a base whose vocabulary was resized.
+        return whole if saved_whole(options, path) else {f"base_{leaf}": array for leaf, array in whole.items()}
+    A, B, r = leaves[first], leaves[second], config.rank((path,))
+    A, B = (A.T, B.T) if table else (A, B)
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != r or B.shape[1] != r:
+        raise ValueError(f"{path} has {first} {leaves[first].shape} and {second} {leaves[second].shape}, expected matrices of "
+                         f"the config's rank {r}: do the two files belong together?")
+    return {"A": A, "B": B, "scale": float(config.scale((path,))), "embedding": table} | base
+
+
+def by_module(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The usual value, and the modules whose value is another."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    return usual, {path: value for path, value in values.items() if value != usual}
+
+
+def _plain(alpha: float) -> float:
+    """A float without the rounding in its last digit, an int if it is whole."""
+    alpha = float(f"{alpha:.15g}")
+    return int(alpha) if alpha.is_integer() else alpha
