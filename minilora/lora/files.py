@@ -184,7 +184,7 @@ def _overlap(a: slice, b: slice) -> range:
 
 
 def _folder(directory: str | os.PathLike[str], name: str) -> Path:
-    if not name or Path(name).name != name:
+    if Path(name).name != name or name in ("", ".."):
         raise ValueError(f"adapter name {name!r}: expected a plain name, since it may become the name of a folder")
     return Path(directory) if name == "default" else Path(directory) / name
 
