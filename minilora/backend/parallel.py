@@ -1,0 +1,135 @@
+"""Blocks of a large job on all cores. NumPy lets go of Python's lock inside its loops, so plain threads work side by side.
+
+The caller works too: with two usable cores there is one helper thread, made at first use and kept. All take the next block
+from one queue, so a core that is busy with something else simply takes fewer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import copy_context
+from functools import cache
+from typing import Any
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+_own = threading.local()  # what each thread has for itself: `working`, inside for_blocks, and `memory`, for scratch
+
+
+@cache
+def workers() -> int:
+    """How many threads may work: the usable cores, but no more than the environment variable OMP_NUM_THREADS says."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return max(1, min(cores, int(limit))) if limit.isdecimal() else cores
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers() - 1, thread_name_prefix="minilora")
+
+
+def for_blocks(fn: Callable[[Any], None], blocks: Iterable[Any], products: bool = False) -> None:
+    """Call fn(block) for every block, in several threads at once and in no particular order.
+
+    The blocks must be independent: fn writes each block's results to a place of their own. products: fn multiplies
+    matrices, so BLAS is held to one thread meanwhile. Called from inside a block, it runs in that thread alone. An
+    exception of fn is raised here, after the other threads have stopped.
+    """
+    queue = deque(blocks)
+    helpers = min(workers(), len(queue)) - 1
+    if helpers < 1 or getattr(_own, "working", False):
+        for block in queue:
+            fn(block)
+        return
+    with _one_blas_thread() if products else nullcontext():
+        futures = [_helpers().submit(copy_context().run, _work, fn, queue) for _ in range(helpers)]
+        try:
+            _work(fn, queue)
+        finally:
+            for future in futures:
+                if not future.cancel():  # cancelled if it never began: the helper is busy for another caller
+                    future.result()
+
+
+def spans(n: int, size: int) -> list[slice]:
+    """0 … n in slices of equal length, at most `size`; if more than one is needed, a multiple of the number of workers."""
+    count = -(-n // max(1, size))
+    if count > 1:
+        count = -(-count // workers()) * workers()
+    length = max(1, -(-n // max(1, count)))
+    return [slice(start, min(start + length, n)) for start in range(0, n, length)]
+
+
+def _work(fn: Callable[[Any], None], queue: deque[Any]) -> None:
+    _own.working = True
+    try:
+        for block in _taken(queue):
+            fn(block)
+    except BaseException:
+        queue.clear()                    # nothing more to do for anybody
+        raise
+    finally:
+        _own.working = False
+
+
+def _taken(queue: deque[Any]) -> Iterator[Any]:
+    while True:
+        try:
+            block = queue.popleft()
+        except IndexError:
+            return
+        yield block
+
+
+def scratch(dtype: Any, *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    """Uninitialised arrays in this thread's own memory, good until its next call of `scratch`. Never hand one to a caller."""
+    if getattr(_own, "layout", None) != (dtype, shapes):
+        sizes = [-(-math.prod(shape) * np.dtype(dtype).itemsize // 64) * 64 for shape in shapes]
+        if sum(sizes) > len(getattr(_own, "memory", b"")):
+            _own.memory = np.empty(sum(sizes), np.uint8)
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        _own.arrays = [np.ndarray(shape, dtype, _own.memory, start) for shape, start in zip(shapes, starts)]
+        _own.layout = dtype, shapes
+    return _own.arrays
+
+
+# BLAS's number of threads belongs to the whole process. The first who needs one thread sets it, the last one restores it.
+# Its own threads are of no use here: after a product they spin for milliseconds, on the cores that the next block needs.
+
+_blas_lock = threading.Lock()
+_blas_users: list[list[int]] = []        # for each block of code that needs one thread, what the first of them found
+
+
+@cache
+def _blas() -> list[Any]:
+    return [library for library in ThreadpoolController().lib_controllers if library.user_api == "blas"]
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    with _blas_lock:
+        if not _blas_users:
+            before = [library.get_num_threads() for library in _blas()]
+            for library in _blas():
+                library.set_num_threads(1)
+        _blas_users.append(_blas_users[0] if _blas_users else before)
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            before = _blas_users.pop()
+            if not _blas_users:
+                for library, threads in zip(_blas(), before):
+                    library.set_num_threads(threads)
+
+
+if hasattr(os, "register_at_fork"):      # a child process has no threads but the one that forked
+    os.register_at_fork(after_in_child=_helpers.cache_clear)
