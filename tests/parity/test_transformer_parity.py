@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from parity_twins import close, torch, twins
+from parity_twins import close, torch, transformers, twins
 
 from minilora.autograd import attention, cross_entropy, embedding, gelu, gelu_tanh, layer_norm, rms_norm, silu, tensor
-from minilora.nn import generate
+from minilora.nn import TransformerConfig, generate
 from minilora.nn.names import export_state, file_names, import_state
 
 F = torch.nn.functional
@@ -119,6 +119,20 @@ def test_names_there_and_back(name):
     modules = {key for key, _ in theirs.named_modules()}
     optional = {"lm_head", "score", "classifier", "bert.pooler.dense"}                # by the head that a model has
     assert set(file_names(ours.cfg).values()) - modules <= optional
+
+
+def test_the_forms_have_the_defaults_of_transformers():
+    gpt2, bert, llama = (getattr(TransformerConfig, form)(vocab_size=9, d_model=8, n_layers=1, n_heads=2)
+                         for form in ("gpt2", "bert", "llama"))
+    theirs = transformers.GPT2Config(), transformers.BertConfig(), transformers.LlamaConfig()
+    assert [gpt2.norm_eps, bert.norm_eps, llama.norm_eps] == \
+        [theirs[0].layer_norm_epsilon, theirs[1].layer_norm_eps, theirs[2].rms_norm_eps]
+    assert [gpt2.tie_embeddings, llama.tie_embeddings] == [theirs[0].tie_word_embeddings, theirs[2].tie_word_embeddings]
+    assert (gpt2.max_len, bert.max_len) == (theirs[0].n_positions, theirs[1].max_position_embeddings)
+    assert (bert.n_token_types, llama.rope_theta) == (theirs[1].type_vocab_size, theirs[2].rope_parameters["rope_theta"])
+    assert (llama.bias, llama.qkv_bias) == (theirs[2].mlp_bias, theirs[2].attention_bias)
+    assert [theirs[0].activation_function, theirs[1].hidden_act, theirs[2].hidden_act] == ["gelu_new", "gelu", "silu"]
+    assert [gpt2.mlp, bert.mlp, llama.mlp] == ["gelu_tanh", "gelu", "swiglu"]
 
 
 def test_greedy_generation(rng):
