@@ -208,14 +208,28 @@ def test_adapters_start_equal_on_every_device():
 # --- gradients ------------------------------------------------------------------------------------
 
 
+PADDED = np.array([[1] * T, [1, 1, 1, 0, 0], [1] * T])
+
+
 @forms
-def test_the_gradients_of_a_whole_model(device, form):
+def test_the_gradients_of_a_whole_model(form):
     model = add(build(form), EVERYTHING[form])
     trained = [p for _, p in model.named_parameters(trainable=True)]
-    mask = np.ones((B, T), int)
-    mask[1, 3:] = 0
-    assert gradcheck(lambda *_: model(IDS, attention_mask=mask), trained, directions=1, eps=1e-6)
-    assert min(float(abs(to_host(p.grad)).max()) for p in trained) > 1e-4      # the check was not one of zeros
+    assert gradcheck(lambda *_: model(IDS, attention_mask=PADDED), trained, directions=2, eps=1e-6)
+    assert min(float(abs(p.grad).max()) for p in trained) > 1e-4               # the check was not one of zeros
+
+
+@forms
+def test_the_gradients_are_equal_on_every_device(device, form):
+    found = []
+    for name in ("cpu", device):
+        model = add(build(form), EVERYTHING[form]).to(name)
+        result = model(IDS, attention_mask=PADDED)
+        result.backward(np.random.default_rng(2).standard_normal(result.shape))
+        found.append({path: to_host(p.grad) for path, p in model.named_parameters(trainable=True)})
+    assert found[0].keys() == found[1].keys()
+    for path, gradient in found[0].items():
+        assert_allclose(found[1][path], gradient, rtol=1e-11, atol=1e-12)
 
 
 @forms
@@ -283,7 +297,7 @@ def test_training_leaves_the_base_bit_for_bit(device, form, dtype):
     before, start = base_state(model), loss(model.eval()).item()
     model.train()
     trained = [p for _, p in model.named_parameters(trainable=True)]
-    for _ in range(10):
+    for _ in range(5):
         model.zero_grad()
         loss(model).backward()
         for p in trained:
@@ -428,7 +442,7 @@ def test_dropout_is_reproducible_by_seed_and_differs_between_calls(device):
     assert (outputs[0][0] != outputs[2][0]).any()
 
 
-def test_the_gradient_is_right_for_a_fixed_mask(device):
+def test_the_gradient_is_right_for_a_fixed_mask():
     model = add(build("llama"), ["q_proj", "v_proj", "up_proj"], lora_dropout=0.5).train()
     (_, rng), *others = [(path, g) for path, g in model.named_generators() if ".adapters." in path]
     assert not others                                      # one generator for all layers of the adapter
@@ -680,6 +694,15 @@ def test_each_row_of_a_mixed_batch_is_its_adapter_alone(device, form, active):
             assert_allclose(mixed[row], alone[name][row], rtol=1e-12, atol=1e-12)
             assert name == "__base__" or abs(mixed[row] - base[row]).max() > 1e-3
     assert_array_equal(run(model), before)
+
+
+def test_dropout_in_a_mixed_batch_touches_the_adapters_rows_only(device):
+    model = add(build("gpt2"), ["up_proj"], lora_dropout=0.5).train()
+    names = ["default", "__base__", "default"]
+    one, two = run(model, adapter_names=names), run(model, adapter_names=names)
+    assert_array_equal(one[1], run(build("gpt2"))[1])
+    assert_array_equal(two[1], one[1])
+    assert (one[0] != two[0]).any() and (one[2] != two[2]).any()
 
 
 @forms
