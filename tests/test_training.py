@@ -82,11 +82,11 @@ def adamw_by_hand(p, gradients, lr, beta1, beta2, eps, weight_decay):
 def test_adamw_is_its_equation(put, rng, weight_decay):
     (p,) = parameters(put, rng, (3, 1, 4))
     start = to_host(p).copy()
-    optimizer = AdamW([p], lr=0.05, betas=(0.8, 0.95), eps=1e-3, weight_decay=weight_decay)
+    optimizer = AdamW([p], lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=weight_decay)
     seen = []
     for _ in range(6):
         seen += give_gradients(put, rng, [p])
-        optimizer.step()
+        optimizer.step(0.5)                                        # the schedule's factor: a rate of 0.05
     expected = [adamw_by_hand(start.flat[i], [g.flat[i] for g in seen], 0.05, 0.8, 0.95, 1e-3, weight_decay)
                 for i in range(start.size)]
     assert_allclose(to_host(p).ravel(), expected, rtol=1e-13)
@@ -107,12 +107,12 @@ def test_decay_is_decoupled(put, rng):
 def test_sgd_is_its_equation(put, rng, momentum, weight_decay):
     (p,) = parameters(put, rng, (4, 3))
     expected, u = to_host(p).copy(), np.zeros((4, 3))
-    optimizer = SGD([p], lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    optimizer = SGD([p], lr=0.4, momentum=momentum, weight_decay=weight_decay)
     for _ in range(4):
         (g,) = give_gradients(put, rng, [p])
         u = momentum * u + g + weight_decay * expected
         expected = expected - 0.1 * u
-        optimizer.step()
+        optimizer.step(0.25)
     assert_allclose(to_host(p), expected, rtol=1e-13)
 
 
@@ -401,6 +401,23 @@ def test_evaluation_by_batches_is_the_mean_over_targets(device):
             use()
 
 
+def test_label_smoothing_and_ignored_targets_reach_the_loss_but_not_the_evaluation(device):
+    model, (ids, targets) = adapted_model("float64"), batches(0)
+    changed = np.where(targets == -100, 0, targets)                # 0 is now what does not count
+    before = mean_loss(model, [batches(1)])
+    smooth = cross_entropy(model(ids), changed, ignore_index=0, label_smoothing=0.2).item()
+    found = train(model, lambda i: (ids, changed), quiet(steps=1, lr=0.0, label_smoothing=0.2, ignore_index=0))
+    plain = train(model, lambda i: batches(0), quiet(steps=1, lr=0.0, label_smoothing=0.2), evaluate=[batches(1)])
+    assert found.loss == [smooth] != [cross_entropy(model(ids), targets).item()]
+    assert plain.eval == [(1, pytest.approx(before, rel=1e-14))]
+
+
+def test_evaluation_records_no_graph():
+    model, seen = adapted_model(), []
+    mean_loss(lambda ids: seen.append(model(ids)) or seen[-1], [batches(0), batches(1)])
+    assert [logits.requires_grad for logits in seen] == [False, False]
+
+
 def test_evaluation_changes_no_number_of_the_run(device):
     """It runs without dropout and without gradients, and takes nothing from the run's random numbers."""
     modes = []
@@ -583,6 +600,17 @@ def test_a_checkpoint_keeps_the_best_of_an_early_stop(tmp_path):
     assert_same(values(again), seen[0])
     assert_same(values(model), seen[0])
     assert history.best == (2, 1.0) and len(history.loss) == 6
+
+
+def test_early_stop_goes_on_over_an_interruption(tmp_path):
+    """What was best before the cut, and how long ago that was, are in the checkpoint."""
+    config, seen = quiet(steps=20, eval_every=2, patience=2, checkpoint=str(tmp_path), checkpoint_every=4), []
+    with pytest.raises(Cut):
+        train(adapted_model(), batches, config, evaluate=scripted([1.0, 2.0], seen), callback=raise_at(5))
+    model = adapted_model()
+    history = train(model, batches, config, evaluate=scripted([3.0, 0.0], []))
+    assert history.eval == [(2, 1.0), (4, 2.0), (6, 3.0)] and history.best == (2, 1.0)
+    assert_same(values(model), seen[0])
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
