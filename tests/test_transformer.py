@@ -237,17 +237,19 @@ def test_the_seed_decides(device):
 
 
 def test_a_row_that_is_finished_is_filled_and_the_last_one_ends_it(device):
-    model = build("gpt2", seed=GENERATIVE["gpt2"])
-    free, early = generate(model, IDS[:, :3], 7), 0
-    for eos in {*free[0, 3:6].tolist(), *free[1, 3:6].tolist(), 99}:
-        got = generate(model, IDS[:, :3], 7, eos_token_id=eos)
-        ends = [next((i for i in range(3, P) if row[i] == eos), P) for row in free]      # where each row first says it
-        assert got.shape == (2, min(P, max(ends) + 1))
+    model, options = build("llama"), {"temperature": 2.0, "seed": 3}   # a seed with rows that end, and some that do not
+    prompts = np.concatenate([IDS, IDS[:, ::-1]])[:, :2]
+    free, kinds = generate(model, prompts, 8, **options), set()
+    for eos in (*np.unique(free[:, 2:]).tolist(), 99):
+        got = generate(model, prompts, 8, eos_token_id=eos, **options)
+        ends = [next((i for i in range(2, P) if row[i] == eos), P) for row in free]      # where each row first says it
+        assert got.shape == (4, min(P, max(ends) + 1))
         for row, whole, end in zip(got, free, ends):
             np.testing.assert_array_equal(row[:end], whole[: min(end, row.size)])
             assert (row[end:] == eos).all()
-        early += min(ends) < max(ends) < P                     # one row waits, filled, for the other
-    assert early
+            kinds.add("filled" if (whole[end:] != eos).any() else "nothing to fill")
+        kinds.add("all ended" if max(ends) < P - 1 else "ran to the end")
+    assert kinds == {"filled", "nothing to fill", "all ended", "ran to the end"}
 
 
 def assert_frequencies(tokens: np.ndarray, p: np.ndarray) -> None:
