@@ -160,6 +160,28 @@ def test_strength_is_folded_in(strength, form, tmp_path):
     assert {adapter.strength for adapter in adapters_of(again).values()} == {1.0}
 
 
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("form", ["llama", "gpt2"])
+def test_tables_saved_whole(form, strength, device, tmp_path):
+    """modules_to_save of an embedding table: trained, saved, loaded, merged; a tied head keeps the base's table."""
+    model = adapted_model(FORMS[form], target_modules=["o_proj"], modules_to_save=["embed"])
+    base = to_host(model.embed.weight).copy()
+    table = adapters_of(model)["embed"].weight
+    table.data += 0.5
+    set_scale(model, "default", strength)
+    y = model(IDS)
+    y.backward(to_host(y))
+    assert to_host(table.grad)[IDS].any() and not to_host(table.grad)[12:].any() and model.embed.weight.grad is None
+    save_adapter(model, tmp_path)
+    np.testing.assert_allclose(read_adapter(tmp_path)[1][
+        {"llama": "model.embed_tokens", "gpt2": "transformer.wte"}[form]]["weight"], base + 0.5 * strength, rtol=1e-6)
+    again = fresh(FORMS[form])
+    load_adapter(again, tmp_path)
+    np.testing.assert_allclose(to_host(again(IDS)), to_host(y), rtol=1e-5, atol=1e-6)
+    merge_adapter(again)
+    np.testing.assert_allclose(to_host(again(IDS)), to_host(y), rtol=1e-5, atol=1e-6)
+
+
 def test_names_and_sub_directories(tmp_path):
     model = adapted_model(target_modules=["q_proj"])
     add_adapter(model, LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False), "other", seed=5)
@@ -341,8 +363,8 @@ WRONG = {
     "an adapter's name in the key": (put(f"{Q0}.lora_A.default.weight", np.zeros((3, 12))), ValueError, "does not have"),
     "saved whole, not said": (put("base_model.model.lm_head.weight", np.zeros((23, 12))), ValueError, "brings its own base"),
     "said, not saved whole": (config(modules_to_save=["lm_head"]), ValueError, "lacks tensors of modules .* lm_head"),
-    "a table saved whole": (lambda f: (edit_config(f, modules_to_save=["embed_tokens"]), edit_tensors(f, lambda t: t.update(
-        {"base_model.model.model.embed_tokens.weight": np.zeros((23, 12))}))), ValueError, "table in modules_to_save"),
+    "a table of another size": (lambda f: (edit_config(f, modules_to_save=["embed_tokens"]), edit_tensors(f, lambda t: t.update(
+        {"base_model.model.model.embed_tokens.weight": np.zeros((24, 12))}))), ValueError, "to fit this model"),
     "a table's keys on a layer": (lambda f: edit_tensors(f, lambda t: t.update(
         {f"{Q0}.lora_embedding_A": t.pop(f"{Q0}.lora_A.weight"), f"{Q0}.lora_embedding_B": t.pop(f"{Q0}.lora_B.weight")})),
         ValueError, "belong to an embedding table"),

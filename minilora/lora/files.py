@@ -16,7 +16,7 @@ from ..backend import device_of, to_device, to_host
 from ..nn import Embedding, PackedLinear, Transformer
 from ..nn.names import file_names, stored_transposed
 from .config import LoraConfig, find_targets, matches, module_names
-from .layer import adapted
+from .layer import adapted, strengthened
 from .lora import Replacement
 from .model import adapters_of, add_adapter, disable_adapter
 from .peft_format import CONFIG, by_module, read_adapter, saved_whole, to_lora_config, write_adapter
@@ -80,7 +80,9 @@ def save_adapter(model: Transformer, directory: str | os.PathLike[str], name: st
         for path, adapter in adapters.items():
             layer, factors = layers[path], adapter.factors()
             if isinstance(adapter, Replacement):
-                weight, bias = adapted(layer, [(layer.parts()[0][0], adapter)])
+                table = isinstance(layer, Embedding)
+                weight, bias = (strengthened(adapter, layer.weight), None) if table else adapted(
+                    layer, [(layer.parts()[0][0], adapter)])
                 W = to_host(weight).T if stored_transposed(model.cfg, files.get(path, path)) else to_host(weight)
                 entries[path] = {"weight": W} | ({} if bias is None else {"bias": to_host(bias)})
             elif factors is not None:
@@ -133,8 +135,6 @@ def _fitted(model: Transformer, file: str, layer: Any, entry: dict[str, Any]) ->
         if key in entry and (own is None or not np.array_equal(entry[key].astype(dtype), to_host(own))):
             raise ValueError(f"{file}: the adapter brings its own base of shape {entry[key].shape}, which is not this model's: "
                              "load it onto the base it was trained on, with the vocabulary resized as it was")
-    if "weight" in entry and isinstance(layer, Embedding):
-        raise ValueError(f"{file}: got an embedding table in modules_to_save, expected linear layers only: merge it in PEFT")
     if "A" in entry and entry["embedding"] != isinstance(layer, Embedding):
         raise ValueError(f"{file}: lora_embedding_A and _B belong to an embedding table, lora_A and lora_B to a linear layer")
     expected: dict[str, Any] = {}
@@ -149,7 +149,7 @@ def _fitted(model: Transformer, file: str, layer: Any, entry: dict[str, Any]) ->
         values = [entry[key].astype(dtype) for key in expected if key in entry]
     if not all(np.isfinite(value).all() for value in values):
         raise ValueError(f"{file}: got values too large for the model's {dtype}: load the adapter onto a float64 model")
-    return [value.T for value in values[::-1]] if isinstance(layer, Embedding) else values
+    return [value.T for value in values[::-1]] if entry.get("embedding") else values
 
 
 def _pack_as_in_files(entries: dict[str, Any], layers: dict[str, Any], files: dict[str, str]) -> None:

@@ -79,19 +79,24 @@ class LoRAEmbedding(Adapter):
 
 
 @register("replace")
+@register("replace", Embedding)
 class Replacement(Adapter):
     """A layer that is trained whole beside the frozen one: PEFT's modules_to_save, for classifiers. W' and b' are its own."""
 
-    def __init__(self, layer: Linear, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
+    def __init__(self, layer: Linear | Embedding, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
         super().__init__(layer, config, names, rng)
+        bias = getattr(layer, "bias", None)
         self.weight = Parameter(layer.weight.data.copy())
-        self.bias = None if layer.bias is None else Parameter(layer.bias.data.copy())
+        self.bias = None if bias is None else Parameter(bias.data.copy())
 
     def adapted_weight(self, W: Tensor) -> Tensor:
         return self.weight
 
     def adapted_bias(self, b: Tensor | None) -> Tensor | None:
         return self.bias
+
+    def look_up_change(self, ids: Array, base: Embedding) -> Tensor:       # nothing as large as the table
+        return (embedding(ids, self.weight) - embedding(ids, base.weight)) * self.strength
 
 
 def initial_factors(init: bool | str, d_out: int, d_in: int, r: int, rng: np.random.Generator) -> tuple[Any, Any]:

@@ -194,15 +194,15 @@ def adaptations(model: Module) -> list[Adaptation]:
     return [m for _, m in model.named_modules() if isinstance(m, Adaptation)]
 
 
-def _modules_to_save(model: Transformer, config: LoraConfig) -> Iterator[tuple[str, tuple[str, ...], Linear]]:
+def _modules_to_save(model: Transformer, config: LoraConfig) -> Iterator[tuple[str, tuple[str, ...], Linear | Embedding]]:
     wanted = list(config.modules_to_save or ())
     if model.classifier is not None and "classifier" not in wanted:
         wanted.append("classifier")
     names, modules = module_names(model), dict(model.named_modules())
     for name in wanted:
         paths = [path for path, known in names.items() if any(n == name or n.endswith(f".{name}") for n in known)]
-        if not paths or not all(isinstance(modules[path], Linear) for path in paths):
-            raise ValueError(f"modules_to_save: got {name!r}, expected a linear layer of this model, such as classifier")
+        if not paths:
+            raise ValueError(f"modules_to_save: got {name!r}, expected a linear layer or table of this model (classifier …)")
         yield from ((path, names[path], modules[path]) for path in paths)
 
 

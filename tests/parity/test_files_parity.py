@@ -135,12 +135,14 @@ def test_an_adapter_on_the_packed_qkv(name, tmp_path, rng):
 
 @pytest.mark.parametrize(("name", "saved"), [
     ("llama", ["lm_head"]), ("llama", ["lm_head", "o_proj"]), ("bert-sequence", ["pooler"]), ("gpt2", ["c_fc"]),
-    ("gpt2-sequence", ["score", "c_attn"]), ("bert-sequence", None)])
+    ("gpt2-sequence", ["score", "c_attn"]), ("bert-sequence", None), ("llama", ["embed_tokens", "lm_head"]),
+    ("bert-token", ["word_embeddings"]), ("gpt2-sequence", ["wte", "score"])])
 def test_modules_saved_whole(name, saved, tmp_path, rng):
     """Also modules that are neither targets nor classifiers; Conv1D's weights lie the other way round in the files."""
     form, fields = FORMS[name]
     ours, theirs = twins(form, **fields)
-    options = {"r": 2, "target_modules": {"gpt2": ["c_attn", "c_proj"]}.get(form, "all-linear"), "modules_to_save": saved}
+    targets = {"gpt2": ["c_attn", "c_proj"], "bert": ["query", "dense"]}.get(form, "all-linear")
+    options = {"r": 2, "target_modules": targets, "modules_to_save": saved}
     wrapped = in_peft(theirs, ours.cfg, options)
     randomise_theirs(wrapped, rng)
     wrapped.save_pretrained(tmp_path / "theirs")

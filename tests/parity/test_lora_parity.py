@@ -58,8 +58,8 @@ def test_forward_gradients_and_merge(name, i, rng):
             close(merged[key], expected[key], 1e-12, key)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_two_adapters_add_up(name, rng):
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert-sequence"])
+def test_two_adapters_add_up_or_share_a_batch(name, rng):
     form, fields = FORMS[name]
     ours, theirs = twins(form, **fields)
     first = {"r": 3, "lora_alpha": 5, "target_modules": TARGETS[form][2]}
@@ -72,8 +72,9 @@ def test_two_adapters_add_up(name, rng):
         copy_adapter(ours, wrapped, adapter, rng)
     ids = rng.integers(1, ours.cfg.vocab_size, (3, 5))
     set_adapter(ours, ["first", "second"])
-    wrapped.base_model.set_adapter(["first", "second"])
-    close(ours(ids).data, logits_of(wrapped, ids).detach().numpy(), 1e-10)
+    if ours.cfg.head == "lm":                              # PEFT cannot add up two trained classifiers
+        wrapped.base_model.set_adapter(["first", "second"])
+        close(ours(ids).data, logits_of(wrapped, ids).detach().numpy(), 1e-10)
     rows = ["second", "__base__", "first"]                 # a mixed batch
     wrapped.eval()
     mixed = logits_of(wrapped, ids, adapter_names=rows).detach().numpy()
