@@ -30,6 +30,7 @@ from minilora.lora.layer import METHODS
 from minilora.lora.lora import LoRA
 from minilora.lora.peft_format import CONFIG, WEIGHTS, read_safetensors
 from minilora.nn import Linear, Transformer, TransformerConfig
+from minilora.nn.names import export_state, import_state
 
 SIZES = {"vocab_size": 23, "d_model": 12, "n_layers": 2, "n_heads": 3, "d_ff": 20, "max_len": 9}
 FORMS = {
@@ -279,6 +280,22 @@ def test_write_then_read(data):
                 assert again[path][key].dtype == value.dtype
             else:
                 assert again[path][key] == value
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_checkpoints_names_there_and_back(form):
+    cfg = FORMS[form]
+    model = fresh(cfg)
+    exported = export_state(cfg, model.state_dict())
+    again = import_state(cfg, exported)
+    assert again.keys() == model.state_dict().keys()
+    for path, value in model.state_dict().items():
+        np.testing.assert_array_equal(again[path], value)
+    assert ("transformer.h.1.attn.c_attn.weight" in exported) == (form == "gpt2")
+    adapted = adapted_model(cfg, target_modules=["q_proj"])
+    if cfg.model_type:
+        with pytest.raises(ValueError, match=rf"lora_[AB] has no name in the files of {cfg.model_type} models"):
+            export_state(cfg, adapted.state_dict())
 
 
 # --------------------------------------------------------------------------------------------------- files that are wrong

@@ -93,7 +93,10 @@ def import_state(cfg: TransformerConfig, tensors: dict[str, np.ndarray]) -> dict
 
 
 def export_state(cfg: TransformerConfig, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `import_state`: our state_dict under the file's names."""
+    """The inverse of `import_state`: our state_dict under the file's names (our own without a model_type).
+
+    Raises ValueError for a module that the architecture's files do not have, such as an adapter.
+    """
     names, tensors, state = file_names(cfg), {}, dict(state)
     for path in [p for p in names if p.endswith("qkv_proj")]:
         for leaf in ("weight", "bias"):
@@ -102,7 +105,10 @@ def export_state(cfg: TransformerConfig, state: dict[str, np.ndarray]) -> dict[s
                 state[f"{path}.{leaf}"] = np.concatenate(parts)
     for key, array in state.items():
         module, _, leaf = key.rpartition(".")
-        name = names[module]
+        if names and module not in names:
+            raise ValueError(f"{key} has no name in the files of {cfg.model_type} models: merge adapters first, or use a model "
+                             "without model_type")
+        name = names.get(module, module)
         transposed = leaf == "weight" and stored_transposed(cfg, name)
         tensors[f"{name}.{leaf}"] = np.ascontiguousarray(array.T if transposed else array)
     return tensors
