@@ -77,7 +77,7 @@ def import_state(cfg: TransformerConfig, tensors: dict[str, np.ndarray]) -> dict
     Keys that belong to no module of the table are returned under their own name, so that load_state_dict reports them.
     """
     ours = {theirs: path for path, theirs in file_names(cfg).items()}
-    widths = np.cumsum([cfg.d_model, cfg.n_kv_heads * cfg.head_dim])
+    widths = np.cumsum([cfg.d_model, (cfg.n_kv_heads or cfg.n_heads) * cfg.head_dim])
     state = {}
     for key, array in tensors.items():
         module, _, leaf = key.rpartition(".")
@@ -100,9 +100,9 @@ def export_state(cfg: TransformerConfig, state: dict[str, np.ndarray]) -> dict[s
     names, tensors, state = file_names(cfg), {}, dict(state)
     for path in [p for p in names if p.endswith("qkv_proj")]:
         for leaf in ("weight", "bias"):
-            parts = [state.pop(f"{path.removesuffix('qkv_proj')}{block}.{leaf}", None) for block in BLOCKS]
-            if parts[0] is not None:
-                state[f"{path}.{leaf}"] = np.concatenate(parts)
+            keys = [f"{path.removesuffix('qkv_proj')}{block}.{leaf}" for block in BLOCKS]
+            if keys[0] in state:
+                state[f"{path}.{leaf}"] = np.concatenate([state.pop(key) for key in keys])
     for key, array in state.items():
         module, _, leaf = key.rpartition(".")
         if names and module not in names:
