@@ -29,6 +29,8 @@ Batches = Iterable[Batch] | Callable[[int], Batch]
 
 NOT_PART_OF_THE_RUN = ("progress", "log_every", "checkpoint", "checkpoint_every")      # they change no number
 
+FACTS = {"step": int, "done": bool, "waited": int, "config": dict, "history": dict, "generators": dict}    # of a checkpoint
+
 
 @dataclass(kw_only=True)
 class TrainConfig:
@@ -243,9 +245,10 @@ class _Run:
             return
         arrays, facts = found
         where = f"the checkpoint in {self.config.checkpoint}"
-        missing = sorted({"step", "done", "waited", "config", "history", "generators"} - facts.keys())
-        if missing:
-            raise ValueError(f"{where} has no {missing[0]!r}: it is damaged; delete it to start the run again")
+        for name, kind in FACTS.items():
+            if type(facts.get(name)) is not kind:
+                raise ValueError(f"{where} has {name} = {facts.get(name)!r}, expected a {kind.__name__}: it is damaged; delete "
+                                 "it to start the run again")
         own = self._identity()
         for name in own:
             saved = facts["config"].get(name)
@@ -262,9 +265,8 @@ class _Run:
         load_parameters(self.params, parts["model"], where)
         self.optimizer.load_state_dict(parts["optimizer"])
         load_generator_states(self.model, facts["generators"], where)
-        history = facts["history"]
-        history["eval"] = [tuple(pair) for pair in history["eval"]]
-        history["best"] = None if history["best"] is None else tuple(history["best"])
+        history: dict[str, Any] = {f.name: facts["history"].get(f.name) for f in fields(History)}
+        history |= {"eval": [tuple(pair) for pair in history["eval"]], "best": history["best"] and tuple(history["best"])}
         self.history = History(**history)
         self.step, self.done, self.waited = facts["step"], facts["done"], facts["waited"]
 
