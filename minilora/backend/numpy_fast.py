@@ -18,10 +18,14 @@ import numpy as np
 from .erf import TANH_POLYNOMIAL
 from .generic import Array
 from .memory import keep_freed_memory
-from .numpy_attention import BlockAttention
-from .parallel import for_blocks, scratch, spans, workers
+from .numpy_attention import BlockAttention, exponentials
+from .parallel import for_blocks, one_blas_thread, scratch, spans, workers
 
+ALONE = 1 << 18       # multiply-adds of a product that BLAS by itself leaves to one thread
 PRODUCT = 1 << 21     # multiply-adds of a product below which one thread is as fast
+FEW = 32              # rows of a product below which its columns are shared out instead
+ROWS = 512            # rows of a product in a block
+SMALL = 1 << 13       # elements that are not worth any machinery, and that BLAS by itself leaves to one thread
 BLOCK = 1 << 17       # elements of one array in a block: 0.5 MB in float32; smaller ones lose more in calls than they gain
 
 keep_freed_memory()
@@ -30,10 +34,10 @@ keep_freed_memory()
 NORMAL_CDF = tuple(c * 0.5 ** (i + 0.5) for i, c in enumerate(TANH_POLYNOMIAL))
 
 
-def chain(formula: Callable[..., None], *arrays: Array, temporaries: int = 0) -> None:
+def chain(formula: Callable[..., None], *arrays: Array, temporaries: int = 0, products: bool = False) -> None:
     """Call formula(temporaries…, blocks…) on blocks of rows of the arrays (equally many rows each).
 
-    The temporaries are shaped like the first array's block.
+    The temporaries are shaped like the first array's block. products: the formula multiplies matrices (see for_blocks).
     """
     first = arrays[0]
 
@@ -41,7 +45,10 @@ def chain(formula: Callable[..., None], *arrays: Array, temporaries: int = 0) ->
         parts = [a[block] for a in arrays]
         formula(*scratch(first.dtype, *[parts[0].shape] * temporaries), *parts)
 
-    for_blocks(run, spans(len(first), BLOCK // max(1, math.prod(first.shape[1:]))))
+    if 0 < first.size <= SMALL:
+        formula(*[np.empty(first.shape, first.dtype) for _ in range(temporaries)], *arrays)
+    else:
+        for_blocks(run, spans(len(first), BLOCK // max(1, math.prod(first.shape[1:]))), products)
 
 
 class NumpyKernels(BlockAttention):
@@ -52,15 +59,68 @@ class NumpyKernels(BlockAttention):
         a, b = a.swapaxes(-1, -2) if ta else a, b.swapaxes(-1, -2) if tb else b
         if a.ndim > b.ndim == 2:                                   # one product, not one for each leading index
             return self.matmul(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[-1])
-        if not a.ndim == b.ndim == 2 or a.size * b.shape[1] < PRODUCT:
+        if a.size * b.shape[-1] <= ALONE:
             return for_blas(a) @ for_blas(b)
+        if a.ndim == b.ndim == 2:
+            return self._product(for_blas(a), for_blas(b), None)
+        with one_blas_thread():
+            return for_blas(a) @ for_blas(b)
+
+    def _product(self, a: Array, b: Array, bias: Array | None) -> Array:       # (n, k), (k, m), (m,) -> (n, m)
         y = np.empty((len(a), b.shape[1]), np.result_type(a, b))
+        everything = slice(None)
+        if a.size * b.shape[1] < PRODUCT:
+            blocks = [(everything, everything)]
+        elif len(a) < FEW:
+            blocks = [(everything, columns) for columns in spans(b.shape[1], -(-b.shape[1] // workers()))]
+        else:
+            blocks = [(some, everything) for some in row_blocks(len(a))]
+
+        def part(block: tuple[slice, slice]) -> None:
+            some, columns = block
+            np.matmul(a[some], b[:, columns], out=y[block])
+            if bias is not None:
+                y[block] += bias[columns]
+
+        for_blocks(part, blocks, products=True)
+        return y
+
+    def linear(self, x: Array, W: Array, b: Array | None) -> Array:
+        return super().linear(x, W, b) if x.size * len(W) <= ALONE else self._product(x, W.T, b)
+
+    def feed_forward(self, x: Array, W1: Array, b1: Array | None, W2: Array, b2: Array | None, activation: str, slope: bool,
+                     hidden: bool) -> tuple[Array, Array | None, Array | None]:
+        n, F = len(x), len(W1)
+        y = np.empty((n, len(W2)), x.dtype)
+        s, h = np.empty((n, F), x.dtype) if slope else None, np.empty((n, F), x.dtype) if hidden else None
+
+        def part(block: slice) -> None:                            # one block of rows all the way through
+            a = x[block] @ W1.T
+            if b1 is not None:
+                a += b1
+            act, d = getattr(self, activation)(a, slope)
+            np.matmul(act, W2.T, out=y[block])
+            if b2 is not None:
+                y[block] += b2
+            if s is not None:
+                s[block] = d
+            if h is not None:
+                h[block] = act
+
+        for_blocks(part, row_blocks(n), products=True)
+        return y, s, h
+
+    def feed_forward_grad(self, dy: Array, s: Array, W1: Array, W2: Array, hidden: bool) -> tuple[Array, Array | None]:
+        n = len(dy)
+        dx, dh = np.empty((n, W1.shape[1]), dy.dtype), np.empty(s.shape, s.dtype) if hidden else None
 
         def part(block: slice) -> None:
-            np.matmul(a[block], b, out=y[block])
+            d = np.matmul(dy[block], W2, out=None if dh is None else dh[block])
+            d *= s[block]
+            np.matmul(d, W1, out=dx[block])
 
-        for_blocks(part, spans(len(a), -(-len(a) // workers())), products=True)
-        return y
+        for_blocks(part, row_blocks(n), products=True)
+        return dx, dh
 
     # Softmax and cross-entropy
 
@@ -68,15 +128,15 @@ class NumpyKernels(BlockAttention):
         y = empty(x)
 
         def formula(x, y):
-            exp_rows(x, out=y)
-            y *= 1.0 / y.sum(axis=-1, keepdims=True)
+            total, _ = exponentials(lambda: x, out=y)
+            y *= (1.0 / total)[:, None]
 
-        chain(formula, rows(x), rows(y))
+        chain(formula, rows(x), rows(y), products=True)
         return y
 
     def logsumexp(self, x: Array) -> Array:                        # (..., V) -> (...)
         lse = np.empty(x.shape[:-1], x.dtype)
-        chain(logsumexp_rows, rows(x), lse.reshape(-1), temporaries=1)
+        chain(logsumexp_rows, rows(x), lse.reshape(-1), temporaries=1, products=True)
         return lse
 
     def cross_entropy(self, logits: Array, targets: Array, smoothing: float) -> tuple[Array, Array]:
@@ -89,7 +149,7 @@ class NumpyKernels(BlockAttention):
             if smoothing:
                 loss -= (smoothing / V) * x.sum(axis=-1)
 
-        chain(formula, logits, self._inside(targets, V), losses, lse, temporaries=1)
+        chain(formula, logits, self._inside(targets, V), losses, lse, temporaries=1, products=True)
         return losses, lse
 
     def cross_entropy_grad(self, logits: Array, lse: Array, targets: Array, weights: Array, smoothing: float) -> Array:
@@ -120,72 +180,76 @@ class NumpyKernels(BlockAttention):
     def rms_norm_grad(self, dy: Array, normal: Array, rho: Array, w: Array) -> Array:
         return norm_grad(dy, normal, rho, w, centred=False)
 
-    # Activations: the formulas fill y and, unless it is None, the slope d
+    # Activations: the formulas fill y and, if the slope is asked for, d, using both as temporaries on the way
 
     def gelu(self, x: Array, slope: bool) -> tuple[Array, Array | None]:
         if x.dtype != np.float32:
             return super().gelu(x, slope)
 
-        def formula(s, phi, x, y, d=None):
+        def formula(d, x, y):
             with np.errstate(over="ignore"):                       # x q(x²) may be infinite: then tanh is 1
-                np.multiply(x, x, out=s)
-                polynomial(s, NORMAL_CDF, out=phi)
-                phi *= x
-            half_tanh(phi)                                         # Φ
-            np.multiply(x, phi, out=y)
-            if d is not None:                                      # y' = Φ + x exp(-x²/2)/√(2π)
-                s *= -0.5
-                np.exp(s, out=d)
+                np.multiply(x, x, out=d)
+                polynomial(d, NORMAL_CDF, out=y)
+                y *= x
+            half_tanh(y)                                           # Φ
+            if slope:                                              # d = Φ + x exp(-x²/2)/√(2π)
+                d *= -0.5
+                np.exp(d, out=d)
                 d *= x
                 d *= 1.0 / math.sqrt(2.0 * math.pi)
-                d += phi
+                d += y
+            y *= x
 
         return activation(formula, x, slope)
 
     def gelu_tanh(self, x: Array, slope: bool) -> tuple[Array, Array | None]:
         c = math.sqrt(2.0 / math.pi)
 
-        def formula(s, phi, x, y, d=None):
-            np.multiply(x, x, out=s)
-            polynomial(s, (c, 0.044715 * c), out=phi)
-            phi *= x
-            half_tanh(phi)                                         # (1 + t)/2, in place of Φ
-            np.multiply(x, phi, out=y)
-            if d is not None:                                      # y' = Φ + 2 y (1 - Φ) u',   u' = c (1 + 0.134145 x²)
-                polynomial(s, (2.0 * c, 0.26829 * c), out=d)
-                d *= y
-                d *= np.subtract(1.0, phi, out=s)
-                d += phi
+        def formula(t, d, x, y):
+            np.multiply(x, x, out=d)
+            polynomial(d, (c, 0.044715 * c), out=y)
+            y *= x
+            half_tanh(y)                                           # (1 + tanh u)/2, in place of Φ
+            if slope:                                              # d = Φ + 2 u' x Φ (1 - Φ),   u' = c (1 + 0.134145 x²)
+                d *= 2.0 * 0.134145 * c
+                d += 2.0 * c
+                d *= np.subtract(1.0, y, out=t)
+                np.multiply(x, y, out=t)
+                d *= t
+                d += y
+            y *= x
 
-        return activation(formula, x, slope)
+        return activation(formula, x, slope, temporaries=1)
 
     def silu(self, x: Array, slope: bool) -> tuple[Array, Array | None]:
-        def formula(sigma, _, x, y, d=None):
-            np.multiply(x, 0.5, out=sigma)
-            half_tanh(sigma)                                       # σ(x) = (1 + tanh(x/2))/2
-            np.multiply(x, sigma, out=y)
-            if d is not None:                                      # y' = σ + y (1 - σ)
-                np.subtract(1.0, sigma, out=d)
+        def formula(d, x, y):
+            np.multiply(x, 0.5, out=y)
+            half_tanh(y)                                           # σ(x) = (1 + tanh(x/2))/2
+            if slope:                                              # d = σ + x σ (1 - σ)
+                np.subtract(1.0, y, out=d)
+                d *= x
                 d *= y
-                d += sigma
+                d += y
+            y *= x
 
         return activation(formula, x, slope)
 
     def swiglu(self, g: Array, u: Array, slopes: bool) -> tuple[Array, Array | None, Array | None]:
         y, by_g, by_u = empty(g), empty(g), empty(g)
 
-        def formula(sigma, g, u, y, by_g, by_u):
-            np.multiply(g, 0.5, out=sigma)
-            half_tanh(sigma)
-            np.multiply(g, sigma, out=by_u)                        # silu(g)
-            np.multiply(by_u, u, out=y)
-            if slopes:                                             # u (σ + silu(g) (1 - σ))
-                np.subtract(1.0, sigma, out=by_g)
+        def formula(g, u, y, by_g, by_u):
+            np.multiply(g, 0.5, out=by_u)
+            half_tanh(by_u)                                        # σ(g)
+            if slopes:                                             # u (σ + g σ (1 - σ))
+                np.subtract(1.0, by_u, out=by_g)
+                by_g *= g
                 by_g *= by_u
-                by_g += sigma
+                by_g += by_u
                 by_g *= u
+            by_u *= g                                              # silu(g)
+            np.multiply(by_u, u, out=y)
 
-        chain(formula, *[a.reshape(-1) for a in (g, u, y, by_g, by_u)], temporaries=1)
+        chain(formula, *[a.reshape(-1) for a in (g, u, y, by_g, by_u)])
         return y, by_g if slopes else None, by_u if slopes else None
 
     # Positions
@@ -242,6 +306,11 @@ class NumpyKernels(BlockAttention):
 
 # Shapes
 
+def row_blocks(n: int) -> list[slice]:
+    """How products share out n rows: by n alone, so that the bits of a row do not depend on which op multiplies it."""
+    return spans(n, min(ROWS, -(-n // workers())))
+
+
 def rows(x: Array) -> Array:                                       # (..., D) -> (n, D)
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
@@ -257,18 +326,10 @@ def for_blas(a: Array) -> Array:
 
 # Formulas on rows, and in place
 
-def exp_rows(x: Array, out: Array) -> Array:                       # (n, V) -> (n, 1)
-    """exp(x - top) for each row, and its maximum `top`."""
-    top = x.max(axis=-1, keepdims=True)
-    np.subtract(x, top, out=out)
-    np.exp(out, out=out)
-    return top
-
-
-def logsumexp_rows(e: Array, x: Array, lse: Array) -> None:        # (n, V) twice, (n,)
-    top = exp_rows(x, out=e)
-    np.log(e.sum(axis=-1), out=lse)
-    lse += top[:, 0]
+def logsumexp_rows(e: Array, x: Array, lse: Array) -> None:        # temporary (n, V), (n, V), (n,)
+    total, top = exponentials(lambda: x, out=e)
+    np.log(total, out=lse)
+    lse += top
 
 
 def row_sum(x: Array) -> Array:                                    # (n, D) -> (n, 1)
@@ -329,8 +390,11 @@ def half_tanh(u: Array) -> None:
     u *= 0.5
 
 
-def activation(formula: Callable[..., None], x: Array, slope: bool) -> tuple[Array, Array | None]:
-    """The arrays y and (if asked for) d that formula(two temporaries, x, y, d) fills."""
+def activation(formula: Callable[..., None], x: Array, slope: bool, temporaries: int = 0) -> tuple[Array, Array | None]:
+    """The arrays y and d that formula(temporaries…, d, x, y) fills. d is one more temporary if no slope is asked for."""
     y, d = empty(x), empty(x) if slope else None
-    chain(formula, *[a.reshape(-1) for a in (x, y, d) if a is not None], temporaries=2)
+    if d is None:
+        chain(formula, x.reshape(-1), y.reshape(-1), temporaries=temporaries + 1)
+    else:
+        chain(formula, d.reshape(-1), x.reshape(-1), y.reshape(-1), temporaries=temporaries)
     return y, d

@@ -44,12 +44,12 @@ def for_blocks(fn: Callable[[Any], None], blocks: Iterable[Any], products: bool 
     exception of fn is raised here, after the other threads have stopped.
     """
     queue = deque(blocks)
-    helpers = min(workers(), len(queue)) - 1
-    if helpers < 1 or getattr(_own, "working", False):
+    if getattr(_own, "working", False):
         for block in queue:
             fn(block)
         return
-    with _one_blas_thread() if products else nullcontext():
+    helpers = min(workers(), len(queue)) - 1
+    with one_blas_thread() if products else nullcontext():
         futures = [_helpers().submit(copy_context().run, _work, fn, queue) for _ in range(helpers)]
         try:
             _work(fn, queue)
@@ -114,7 +114,8 @@ def _blas() -> list[Any]:
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Iterator[None]:
+    """Hold BLAS to one thread, in every thread of this process, while the block runs."""
     with _blas_lock:
         if not _blas_users:
             before = [library.get_num_threads() for library in _blas()]
