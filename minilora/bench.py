@@ -26,7 +26,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from .autograd import Op, cross_entropy
-from .lora import LoraConfig, add_adapter, adapters_of
+from .lora import LoraConfig, adapters_of, add_adapter
 from .lora.config import module_names
 from .nn import Transformer, TransformerConfig
 from .nn.names import export_state
@@ -53,7 +53,8 @@ class Case:
 
 
 CASES = {
-    "course": Case(TransformerConfig.gpt2(vocab_size=256, d_model=128, n_layers=4, n_heads=4, max_len=64), 32, 64, ("qkv_proj",)),
+    "course": Case(TransformerConfig.gpt2(vocab_size=256, d_model=128, n_layers=4, n_heads=4, max_len=64), 32, 64,
+                   ("qkv_proj",)),
 }
 
 
@@ -86,7 +87,8 @@ def table(report: dict[str, Any]) -> str:
     for name, case in report["cases"].items():
         ours, theirs = case["minilora"], case["torch"]
         lines += [
-            f"{name}: one LoRA step (forward, backward, AdamW), {case['tokens_per_step']} tokens, {case['trainable']} trainable",
+            f"{name}: one LoRA step (forward, backward, AdamW), {case['tokens_per_step']} tokens, "
+            f"{case['trainable']} trainable",
             f"{'':14}{'median':>9}{'10-90 %':>16}{'tokens/s':>11}{'peak memory':>13}{'of it, the job':>16}",
         ]
         for label, side in ((("minilora"), ours), (f"torch {theirs['version']}", theirs)):
@@ -96,7 +98,8 @@ def table(report: dict[str, Any]) -> str:
         lines += [
             f"ratio of medians {case['ratio']:.2f}, of memory {case['memory_ratio']:.2f} "
             f"(losses agree to {case['loss_difference']:.1e})",
-            f"GEMM floor {case['gemm_floor_ms']:.1f} ms, {100 * case['gemm_floor_ms'] / ours['median_ms']:.0f} % of minilora's step",
+            f"GEMM floor {case['gemm_floor_ms']:.1f} ms, "
+            f"{100 * case['gemm_floor_ms'] / ours['median_ms']:.0f} % of minilora's step",
             "where minilora's time goes: "
             + ", ".join(f"{op} {share:.0%}" for op, share in list(case["by_op"].items())[:8]),
             "",
@@ -106,21 +109,20 @@ def table(report: dict[str, Any]) -> str:
 
 def _measure(name: str, rounds: int, steps: int) -> dict[str, Any]:
     case = CASES[name]
-    with tempfile.TemporaryDirectory() as folder:
-        with _worker("minilora", name, folder) as ours:
-            ours_ready = ours.ask("prepare")               # writes the weights that the other side loads
-            with _worker("torch", name, folder) as theirs:
-                theirs_ready = theirs.ask("prepare")
-                pairs = list(zip(ours.ask("losses"), theirs.ask("losses"), strict=True))
-                difference = max(abs(a - b) / abs(b) for a, b in pairs)
-                if difference > 1e-4:
-                    raise RuntimeError(f"{name}: the two sides compute different losses, {pairs}: nothing was timed")
-                times: dict[str, list[float]] = {"minilora": [], "torch": []}
-                for _ in range(rounds):
-                    times["minilora"] += ours.ask("steps", steps)
-                    times["torch"] += theirs.ask("steps", steps)
-                memory = {"minilora": ours.ask("memory"), "torch": theirs.ask("memory")}
-                profile = ours.ask("profile")
+    with tempfile.TemporaryDirectory() as folder, _worker("minilora", name, folder) as ours:
+        ours_ready = ours.ask("prepare")               # writes the weights that the other side loads
+        with _worker("torch", name, folder) as theirs:
+            theirs_ready = theirs.ask("prepare")
+            pairs = list(zip(ours.ask("losses"), theirs.ask("losses"), strict=True))
+            difference = max(abs(a - b) / abs(b) for a, b in pairs)
+            if difference > 1e-4:
+                raise RuntimeError(f"{name}: the two sides compute different losses, {pairs}: nothing was timed")
+            times: dict[str, list[float]] = {"minilora": [], "torch": []}
+            for _ in range(rounds):
+                times["minilora"] += ours.ask("steps", steps)
+                times["torch"] += theirs.ask("steps", steps)
+            memory = {"minilora": ours.ask("memory"), "torch": theirs.ask("memory")}
+            profile = ours.ask("profile")
     sides = {}
     for side in times:
         ms = np.array(times[side]) * 1e3
@@ -176,7 +178,8 @@ class MiniloraSide:
         save_file(export_state(self.case.config, self.model.state_dict()), Path(self.folder, "base.safetensors"))
         add_adapter(self.model, LoraConfig(target_modules=list(self.case.targets)))
         names = module_names(self.model)
-        save_file({names[path][-1]: a.lora_A.data for path, a in adapters_of(self.model).items()}, Path(self.folder, "A.safetensors"))
+        factors = {names[path][-1]: a.lora_A.data for path, a in adapters_of(self.model).items()}
+        save_file(factors, Path(self.folder, "A.safetensors"))
         parameters = [p for _, p in self.model.named_parameters(trainable=True)]
         self.optimizer = AdamW(parameters, lr=LR)
         return {"trainable": sum(p.size for p in parameters)}
@@ -204,7 +207,8 @@ class MiniloraSide:
         whole = seconds.pop("whole")
         seconds["Python, AdamW, rest"] = whole - sum(seconds.values())
         shares = {op: s / whole for op, s in sorted(seconds.items(), key=lambda item: -item[1])}
-        return {"by_op": shares, "gemm_floor_ms": 1e3 * sum(_gemm_seconds(s) for s in set(shapes) for _ in range(shapes.count(s))) / 5}
+        floor = sum(_gemm_seconds(shape) * shapes.count(shape) for shape in set(shapes)) / 5
+        return {"by_op": shares, "gemm_floor_ms": 1e3 * floor}
 
 
 class TorchSide:
@@ -300,21 +304,36 @@ def _timed_ops(seconds: dict[str, float], shapes: list[tuple[tuple[int, ...], ..
         return call
 
     kernel_type = type(kernels(np.zeros(1)))
-    matmul = kernel_type.matmul
+    matmul, linear = kernel_type.matmul, kernel_type.linear
+    feed_forward, feed_forward_grad = kernel_type.feed_forward, kernel_type.feed_forward_grad
 
-    def noted(self: Any, a: Any, b: Any, ta: bool = False, tb: bool = False) -> Any:
+    def noted_matmul(self: Any, a: Any, b: Any, ta: bool = False, tb: bool = False) -> Any:
         if a.ndim == b.ndim == 2:
             shapes.append((a.shape[::-1] if ta else a.shape, b.shape[::-1] if tb else b.shape))
         return matmul(self, a, b, ta, tb)
 
+    def noted_linear(self: Any, x: Any, W: Any, b: Any) -> Any:
+        shapes.append((x.shape, W.shape[::-1]))
+        return linear(self, x, W, b)
+
+    def noted_feed_forward(self: Any, x: Any, W1: Any, b1: Any, W2: Any, *rest: Any) -> Any:
+        shapes.extend([(x.shape, W1.shape[::-1]), ((len(x), len(W1)), W2.shape[::-1])])
+        return feed_forward(self, x, W1, b1, W2, *rest)
+
+    def noted_feed_forward_grad(self: Any, dy: Any, s: Any, W1: Any, W2: Any, hidden: bool) -> Any:
+        shapes.extend([(dy.shape, W2.shape), (s.shape, W1.shape)])
+        return feed_forward_grad(self, dy, s, W1, W2, hidden)
+
     originals = {cls: (cls.forward, cls.backward) for cls in Op.registry.values()}
     try:
-        kernel_type.matmul = noted
+        kernel_type.matmul, kernel_type.linear = noted_matmul, noted_linear
+        kernel_type.feed_forward, kernel_type.feed_forward_grad = noted_feed_forward, noted_feed_forward_grad
         for cls, (forward, backward) in originals.items():
             cls.forward, cls.backward = timed(cls.__name__, forward), timed(f"{cls.__name__} backward", backward)
         yield
     finally:
-        kernel_type.matmul = matmul
+        kernel_type.matmul, kernel_type.linear = matmul, linear
+        kernel_type.feed_forward, kernel_type.feed_forward_grad = feed_forward, feed_forward_grad
         for cls, (forward, backward) in originals.items():
             cls.forward, cls.backward = forward, backward
 

@@ -49,11 +49,11 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--list", action="store_true", help="list the studies and stop")
     size = study.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_const", dest="size", const="quick", help="a small version, under a minute")
-    size.add_argument("--full", action="store_const", dest="size", const="full", help="more seeds and settings, up to 45 minutes")
+    size.add_argument("--full", action="store_const", dest="size", const="full", help="more seeds and ranks, up to 45 minutes")
     study.set_defaults(size="default")
     study.add_argument("--seed", type=int, default=0, help="first seed (default 0)")
     study.add_argument("--device", default=None, help="cpu or gpu (default: $MINILORA_DEVICE, or cpu)")
-    study.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="where the figure goes (default figures)")
+    study.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="for the figure (default figures)")
     study.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
     benchmark = _verb(verbs, "bench", _bench, "time a LoRA step against PyTorch + PEFT", "minilora bench --case course")
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--out", type=Path, metavar="FILE.json", help="also write the report there")
     benchmark.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
-    analysis = _verb(verbs, "analyze", _analyze, "singular values and ranks of an adapter folder", "minilora analyze my-adapter")
+    analysis = _verb(verbs, "analyze", _analyze, "singular values and ranks of an adapter", "minilora analyze my-adapter")
     analysis.add_argument("directory", help="a folder with adapter_config.json and adapter_model.safetensors")
     analysis.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     return top

@@ -9,7 +9,7 @@ import pytest
 
 import minilora
 from minilora.cli import main, parser
-from minilora.lora import LoraConfig, add_adapter, adapters_of
+from minilora.lora import LoraConfig, adapters_of, add_adapter
 from minilora.lora.files import save_adapter
 from minilora.nn import Transformer, TransformerConfig
 from minilora.studies import STUDIES, rank_quality

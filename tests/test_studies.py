@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minilora.autograd import gradcheck, tensor
 from minilora.data import load_corpus
 from minilora.nn import TransformerConfig
 from minilora.studies import STUDIES, Options, rank_quality
 from minilora.studies.common import Pretraining, cache_folder, pretrained_base
 from minilora.studies.planted import kl_divergence, planted_linear, planted_transformer
-from minilora.autograd import gradcheck, tensor
 
 TINY = replace(rank_quality.SIZES["quick"], d_model=16, pretraining=Pretraining(4, 4, 3e-3, 16), steps=3, batch=4, windows=8,
                ranks={"q, v": [1, 8], "all linear": [8]}, planted_steps=(20, 6))

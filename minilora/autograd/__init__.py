@@ -9,6 +9,7 @@ from .functions import (
     dropout,
     embedding,
     exp,
+    feed_forward,
     gelu,
     gelu_tanh,
     getitem,
@@ -42,6 +43,7 @@ from .gradcheck import GradcheckError, gradcheck
 from .tensor import Op, Tensor, no_grad, tensor
 
 __all__ = ["GradcheckError", "Op", "Tensor", "add", "attention", "concatenate", "cross_entropy", "divide", "dropout",
-           "embedding", "exp", "gelu", "gelu_tanh", "getitem", "gradcheck", "layer_norm", "linear", "log", "log_softmax",
-           "lora_linear", "matmul", "max", "mean", "multiply", "negate", "no_grad", "power", "reshape", "rms_norm", "rotary",
-           "silu", "softmax", "split", "sqrt", "stack", "subtract", "sum", "swiglu", "tanh", "tensor", "transpose", "where"]
+           "embedding", "exp", "feed_forward", "gelu", "gelu_tanh", "getitem", "gradcheck", "layer_norm", "linear", "log",
+           "log_softmax", "lora_linear", "matmul", "max", "mean", "multiply", "negate", "no_grad", "power", "reshape",
+           "rms_norm", "rotary", "silu", "softmax", "split", "sqrt", "stack", "subtract", "sum", "swiglu", "tanh", "tensor",
+           "transpose", "where"]

@@ -177,6 +177,13 @@ def linear(x: Any, W: Any, b: Any = None) -> Tensor:
     return _linear.Linear()(x, W, b)
 
 
+def feed_forward(x: Any, W1: Any, b1: Any, W2: Any, b2: Any, activation: str) -> Tensor:
+    """act(x W1ᵀ + b1) W2ᵀ + b2: x (..., D), W1 (F, D), W2 (D, F), biases or None; activation "gelu", "gelu_tanh" or "silu"."""
+    if activation not in ("gelu", "gelu_tanh", "silu"):
+        raise ValueError(f"activation {activation!r}: expected 'gelu', 'gelu_tanh' or 'silu'")
+    return _linear.FeedForward(activation)(x, W1, b1, W2, b2)
+
+
 def lora_linear(x: Any, W: Any, b: Any, A: Any, B: Any, scale: float = 1.0, formed: bool | None = None) -> Tensor:
     """y = x Wᵀ + b + scale · x Aᵀ Bᵀ: A (r, in), B (out, r). formed: compute W + scale·BA first (None: if it costs less)."""
     return _linear.LoRALinear([float(scale)], [slice(0, W.shape[0])], [None], formed)(x, W, b, A, B)

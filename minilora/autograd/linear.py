@@ -38,9 +38,7 @@ class Linear(Op):
 
     def forward(self, x, W, b):                                 # (..., in), (out, in), (out,) -> (..., out)
         self.keep(x if self.needs[1] else None, W if self.needs[0] else None, x.shape)
-        y = product(rows(x), W)
-        if b is not None:
-            y += b
+        y = product(rows(x), W, b)
         return y.reshape((*x.shape[:-1], y.shape[-1]))
 
     def backward(self, dy):                                     # (..., out)
@@ -49,6 +47,34 @@ class Linear(Op):
         dx = product_grad(dy2, W).reshape(shape) if self.needs[0] else None
         dW = kernels(dy).matmul(dy2, rows(x), ta=True) if self.needs[1] else None
         return dx, dW, dy2.sum(axis=0) if self.needs[2] else None
+
+
+class FeedForward(Op):
+    """y = act(x W₁ᵀ + b₁) W₂ᵀ + b₂, the MLP of a Transformer as one op, so that it can run on blocks of rows: the hidden
+    activations h = act(a), four times as wide as x, then never leave the cache.
+
+    h̄ = ȳ W₂,   ā = h̄ ⊙ act'(a),   x̄ = ā W₁,   W̄₂ = ȳᵀ h,   W̄₁ = āᵀ x.   Under frozen weights only act'(a) is kept.
+    """
+
+    def __init__(self, activation: str) -> None:
+        self.activation = activation                            # "gelu", "gelu_tanh" or "silu"
+
+    def forward(self, x, W1, b1, W2, b2):                       # (..., D), (F, D), (F,), (D, F), (D,) -> (..., D)
+        y, slope, h = kernels(x).feed_forward(rows(x), W1, b1, W2, b2, self.activation, any(self.needs), self.needs[3])
+        self.keep(x if self.needs[1] else None, W1, W2, slope, h, x.shape)
+        return y.reshape(x.shape[:-1] + y.shape[-1:])
+
+    def backward(self, dy):                                     # (..., D)
+        x, W1, W2, slope, h, shape = self.kept
+        dy2, matmul = rows(dy), kernels(dy).matmul
+        dx = da = None
+        if any(self.needs[:3]):
+            dx, da = kernels(dy).feed_forward_grad(dy2, slope, W1, W2, self.needs[1] or self.needs[2])
+        return (dx.reshape(shape) if self.needs[0] else None,
+                matmul(da, rows(x), ta=True) if self.needs[1] else None,
+                da.sum(axis=0) if self.needs[2] else None,
+                matmul(dy2, h, ta=True) if self.needs[3] else None,
+                dy2.sum(axis=0) if self.needs[4] else None)
 
 
 class LoRALinear(Op):
@@ -87,16 +113,16 @@ class LoRALinear(Op):
         U = None
         if self.formed:
             W_eff = kernels(x).add_products(W, [(block, s_B, a) for block, s_B, a in zip(self.blocks, sB, A, strict=True)])
-            y = multiply(x2, W_eff, tb=True)
+            y = multiply(x2, W_eff, tb=True) if groups else kernels(x).linear(x2, W_eff, b)
             self.keep(x if self.needs[1] or any(self.needs[3:]) else None, W_eff, sB, A, None)
         else:
-            y = product(rows(x), W)
+            y = product(rows(x), W, b)
             y = y.reshape((*groups, -1, y.shape[-1]))
             U = [multiply(masked(x, m, groups), a, tb=True) for a, m in zip(A, self.masks, strict=True)]
             for u, s_B, block in zip(U, sB, self.blocks, strict=True):
                 y[..., block] += multiply(u, s_B, tb=True)
             self.keep(x if self.needs[1] or any(self.needs[3::2]) else None, W, sB, A, U)
-        if b is not None:
+        if b is not None and self.formed and groups:
             y += b
         return y.reshape((*x.shape[:-1], y.shape[-1]))
 
@@ -144,9 +170,12 @@ def times(scale: Any, B: Any) -> Any:
     return B * (scale if isinstance(scale, float) else scale[:, None, None])
 
 
-def product(x: Any, W: Any) -> Any:
-    """x Wᵀ for rows x (n, in) and a weight that is an array (out, in) or multiplies by itself."""
-    return kernels(x).matmul(x, W, tb=True) if hasattr(W, "dtype") else W.linear(x)
+def product(x: Any, W: Any, b: Any = None) -> Any:
+    """x Wᵀ + b for rows x (n, in) and a weight that is an array (out, in) or multiplies by itself."""
+    if hasattr(W, "dtype"):
+        return kernels(x).linear(x, W, b)
+    y = W.linear(x)
+    return y if b is None else y + b
 
 
 def product_grad(dy: Any, W: Any) -> Any:

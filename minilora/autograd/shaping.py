@@ -107,10 +107,10 @@ class Split(Op):
 
     def backward(self, *dys):
         given = next(dy for dy in dys if dy is not None)
-        da = array_module(given).empty(self.kept, dtype=given.dtype)
-        for part, dy in zip(cut(da, self.sizes, -1), dys, strict=True):
-            part[...] = 0.0 if dy is None else dy
-        return da
+        zeros = array_module(given).zeros
+        lead = self.kept[:-1]
+        return kernels(given).join([zeros((*lead, n), dtype=given.dtype) if dy is None else dy
+                                    for dy, n in zip(dys, self.sizes, strict=True)])
 
 
 class RowBlocks(Op):

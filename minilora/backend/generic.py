@@ -44,6 +44,24 @@ class Kernels:
             result[..., block, :] += self.matmul(B, A)
         return result
 
+    def linear(self, x: Array, W: Array, b: Array | None) -> Array:    # (n, in), (out, in), (out,) -> (n, out)
+        """x Wᵀ + b."""
+        y = self.matmul(x, W, tb=True)
+        if b is not None:
+            y += b
+        return y
+
+    def feed_forward(self, x: Array, W1: Array, b1: Array | None, W2: Array, b2: Array | None, activation: str, slope: bool,
+                     hidden: bool) -> tuple[Array, Array | None, Array | None]:
+        """act(x W1ᵀ + b1) W2ᵀ + b2 for rows x (n, D); and, if asked for, the slope act' and the hidden rows (n, F)."""
+        h, s = getattr(self, activation)(self.linear(x, W1, b1), slope)
+        return self.linear(h, W2, b2), s, h if hidden else None
+
+    def feed_forward_grad(self, dy: Array, s: Array, W1: Array, W2: Array, hidden: bool) -> tuple[Array, Array | None]:
+        """x̄ = h̄ W1 with h̄ = ȳ W2 ⊙ s (n, F); and h̄ if asked for."""
+        dh = self.matmul(dy, W2) * s
+        return self.matmul(dh, W1), dh if hidden else None
+
     # Softmax and cross-entropy
 
     def softmax(self, x: Array) -> Array:                          # (..., V) -> (..., V)
@@ -137,6 +155,10 @@ class Kernels:
         return by_u * u, u * slope if slopes else None, by_u if slopes else None
 
     # Positions and attention
+
+    def join(self, parts: list[Array]) -> Array:                   # (..., n_0), (..., n_1), … -> (..., Σ n)
+        """The parts side by side along the last axis."""
+        return self.xp.concatenate(parts, axis=-1)
 
     def rotary(self, x: Array, cos: Array, sin: Array) -> Array:   # (B, H, T, hd), (T, hd/2) twice -> (B, H, T, hd)
         half = x.shape[-1] // 2

@@ -132,7 +132,8 @@ def _all_linear(model: Transformer, candidates: dict[str, tuple[str, ...]]) -> s
         module = modules[path]
         if not isinstance(module, Linear) or path in ("head", "classifier"):
             continue
-        if isinstance(module, PackedLinear) == packed_in_files or not (isinstance(module, PackedLinear) or id(module) in blocks):
+        packed = isinstance(module, PackedLinear)
+        if packed == packed_in_files or not (packed or id(module) in blocks):
             chosen.add(path)
     return chosen
 

@@ -120,8 +120,6 @@ def merge_adapter(model: Transformer) -> None:
     """
     results = []
     for layer in _products(model):
-        if layer.adaptation.saved is not None:
-            continue
         with no_grad(), np.errstate(all="ignore"):
             values = _merged(layer)
         if values is not None:

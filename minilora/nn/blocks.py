@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd import Tensor, attention, gelu, gelu_tanh, rotary, split, swiglu
+from ..autograd import Tensor, attention, feed_forward, gelu, gelu_tanh, rotary, split, swiglu
 from ..backend import Array, array_module, device_of, to_device
 from .config import TransformerConfig
 from .layers import Dropout, LayerNorm, Linear, Module, PackedLinear, RMSNorm
 
+ACTIVATIONS = {"gelu": gelu, "gelu_tanh": gelu_tanh}
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
 
 
@@ -98,13 +99,16 @@ class Attention(Module):
 
 
 class MLP(Module):
-    """down(act(up x)), D -> d_ff -> D."""
+    """down(act(up x)), D -> d_ff -> D. Without adapters on it, it is one op."""
 
-    def __init__(self, up: Linear, down: Linear, activation: Any) -> None:
+    def __init__(self, up: Linear, down: Linear, activation: str) -> None:
         self.up_proj, self.down_proj, self.activation = up, down, activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.up_proj(x)))
+        up, down = self.up_proj, self.down_proj
+        if up.plain and down.plain:
+            return feed_forward(x, up.weight, up.bias, down.weight, down.bias, self.activation)
+        return down(ACTIVATIONS[self.activation](up(x)))
 
 
 class GatedMLP(Module):
@@ -168,7 +172,7 @@ def build_layer(cfg: TransformerConfig, init: Init, rotate: Any, index: int) -> 
     if cfg.mlp == "swiglu":
         mlp: Module = GatedMLP(init.linear(D, F, cfg.bias), init.linear(D, F, cfg.bias), init.linear(F, D, cfg.bias, end))
     else:
-        activation = {"gelu": gelu, "gelu_tanh": gelu_tanh}[cfg.mlp]
+        activation = cfg.mlp
         mlp = MLP(init.linear(D, F, cfg.bias), init.linear(F, D, cfg.bias, end), activation)
     norms = [NORMS[cfg.norm](D, cfg.norm_eps, init.dtype) for _ in range(2)]
     kind = PreNormLayer if cfg.norm_first else PostNormLayer

@@ -34,6 +34,11 @@ class Linear(Module):
         """The dtype of its inputs and outputs, in which adapters are made: the weight's own, or what a quantised one names."""
         return getattr(self.weight, "compute_dtype", None) or self.weight.dtype
 
+    @property
+    def plain(self) -> bool:
+        """Whether the output is just x Wᵀ + b: a dense weight, and no adapter at work."""
+        return isinstance(self.weight, Parameter) and (self.adaptation is None or not self.adaptation.terms())
+
     def parts(self) -> list[tuple[slice, Linear]]:
         """(rows of the product, the layer that owns them): for a plain layer, itself."""
         return [(slice(0, self.weight.shape[0]), self)]

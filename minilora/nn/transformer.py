@@ -109,10 +109,13 @@ class Transformer(Module):
     @contextmanager
     def _rows_use(self, names: Sequence[str] | None, ids: Any) -> Iterator[None]:
         """Tell every adapted layer which adapter each row of the batch uses, for the time of one forward pass."""
+        if names is None:
+            yield
+            return
         adaptations = [m.adaptation for _, m in self.named_modules() if getattr(m, "adaptation", None) is not None]
-        if names is not None and len(names) != len(ids):
+        if len(names) != len(ids):
             raise ValueError(f"{len(names)} adapter names for a batch of {len(ids)} rows: give one for each row")
-        unknown = set(names or ()) - {"__base__"} - {name for a in adaptations for name in a.adapters}
+        unknown = set(names) - {"__base__"} - {name for a in adaptations for name in a.adapters}
         if unknown:
             raise ValueError(f"no adapter named {sorted(unknown)[0]!r} on this model: add or load it first")
         for a in adaptations:

@@ -71,7 +71,8 @@ def planted_transformer(steps: int, seeds: list[int], ranks: list[int], d_model:
     test = np.random.default_rng(seeds).integers(0, vocab, (128, tokens))
     train = TrainConfig(steps=steps, schedule="cosine", betas=(0.9, 0.99))
     configs = [LoraConfig(r=r, lora_alpha=r, target_modules=["q_proj", "v_proj"]) for r in ranks]
-    result = sweep(base, task, configs, seeds=seeds, lrs=[0.01], train=train, evaluate=[(test, teach(test))], loss=kl_divergence)
+    result = sweep(base, task, configs, seeds=seeds, lrs=[0.01], train=train, evaluate=[(test, teach(test))],
+                   loss=kl_divergence)
     rows = [{"rank": r, "kl": [row["eval_loss"] for row in result.rows if row["rank"] == r]} for r in ranks]
     with no_grad():
         start = kl_divergence(base(test), teach(test), 1).item()

@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import plots
 from ..data import Corpus, load_corpus
-from ..lora import LoraConfig, add_adapter, count_parameters, delete_adapter, merge_and_unload
+from ..lora import LoraConfig, count_parameters, delete_adapter, merge_and_unload
 from ..nn import Transformer, TransformerConfig
 from ..rank.report import analyze
 from ..training import TrainConfig, mean_loss, sweep, train
@@ -50,7 +50,7 @@ SIZES = {
                   [3e-3, 1e-2], [1e-3, 3e-3], (300, 120)),
     "default": Size(64, 2, Pretraining(500, 32, 3e-3, 64), 120, 16, 256, 2, {"q, v": ALL, "all linear": [1, 8, 64]},
                     [3e-3, 1e-2, 2e-2, 4e-2], [1e-3, 3e-3, 6e-3, 1e-2], (600, 300)),
-    "full": Size(128, 2, Pretraining(2000, 32, 3e-3, 64), 300, 16, 512, 4, {"q, v": ALL, "all linear": ALL},
+    "full": Size(96, 2, Pretraining(800, 32, 3e-3, 64), 200, 16, 384, 3, {"q, v": ALL, "all linear": ALL},
                  [1e-3, 3e-3, 1e-2, 2e-2, 4e-2], [3e-4, 1e-3, 3e-3, 6e-3, 1e-2], (1000, 400)),
 }
 
@@ -109,7 +109,8 @@ def real_text(size: Size, seeds: list[int]) -> dict[str, Any]:
                        "lora": [{"lr": c["lr"], "loss": c["loss"]} for c in lora_search],
                        "full": [{"lr": c["lr"], "loss": c["loss"]} for c in full_search]},
             "lora_lr": lora_lr, "full_lr": full_lr,
-            "full": {"losses": full_loss, "loss_mean": float(np.mean(full_loss)), "loss_sd": _sd(full_loss), "trainable": total},
+            "full": {"losses": full_loss, "loss_mean": float(np.mean(full_loss)), "loss_sd": _sd(full_loss),
+                     "trainable": total},
             "merge": next(c["merge"] for c in cells if c["rank"] == 8)}
 
 

@@ -1,0 +1,56 @@
+"""The README is true: its example prints what its comments say, its files exist, its commands are those that CI runs."""
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(mark: str) -> str:
+    """The code block that follows a comment."""
+    return re.search(rf"<!-- {mark} -->\n```\w+\n(.*?)```", README, re.DOTALL).group(1)
+
+
+def test_the_example_prints_what_its_comments_say():
+    code = block("tested: example")
+    assert len(code.strip().splitlines()) <= 24
+    expected = [line.split("#", 1)[1].strip() for line in code.splitlines() if "print(" in line]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code, "README.md", "exec"), {})
+    assert out.getvalue().splitlines() == expected
+
+
+def test_every_path_of_the_table_exists():
+    paths = re.findall(r"`((?:autograd|backend|lora|nn|rank|training)/\w+\.py)`", README)
+    assert len(paths) >= 10
+    for path in paths:
+        assert (ROOT / "minilora" / path).is_file(), path
+
+
+@pytest.mark.parametrize("name, path", re.findall(r"`(\w+/\w+\.py)`, `(?:\w+\.)?(\w+)`", README))
+def test_every_name_of_the_table_is_in_its_file(name, path):
+    assert re.search(rf"(def|class) {path}\b", (ROOT / "minilora" / name).read_text(encoding="utf-8"))
+
+
+def test_links_and_folders_exist():
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).exists(), link
+    for folder in re.findall(r"^  (\w+)/ ", README, re.MULTILINE):
+        assert (ROOT / "minilora" / folder).is_dir(), folder
+
+
+def test_the_results_are_those_of_the_committed_json():
+    text = json.loads((ROOT / "figures/rank_quality.json").read_text())["text"]
+    rows = re.findall(r"^\| LoRA on ([^|]+?) \| (\d+) \| ([\d,]+) \|[^|]*\| ([\d.]+) ± ([\d.]+)", README, re.MULTILINE)
+    assert len(rows) == len(text["rows"])
+    for (targets, rank, trainable, mean, sd), row in zip(rows, text["rows"], strict=True):
+        assert (targets, int(rank), int(trainable.replace(",", ""))) == (row["targets"], row["rank"], row["trainable"])
+        assert mean == f"{row['loss_mean']:.3f}" and sd == f"{row['loss_sd']:.3f}"
+    assert f"{text['base']['loss']:.3f}" in README and f"{text['full']['loss_mean']:.3f}" in README
