@@ -45,7 +45,7 @@ def add_adapter(model: Transformer, config: LoraConfig, name: str = "default", s
             part.adaptation = part.adaptation or Adaptation()
         layer.adaptation.adapters[name] = adapter
         adapter.to(device).train(model.training)
-    model.adapter_configs = {**getattr(model, "adapter_configs", {}), name: deepcopy(config)}
+    model.adapter_configs = {**model.adapter_configs, name: deepcopy(config)}
     set_adapter(model, name)
 
 
@@ -69,7 +69,7 @@ def delete_adapter(model: Transformer, name: str) -> None:
     _check_names(model, [name])
     _refuse_merged(model, "delete_adapter")
     model.adapter_configs.pop(name)
-    layers = [m for _, m in model.named_modules() if getattr(m, "adaptation", None) is not None]
+    layers: list[Any] = [m for _, m in model.named_modules() if getattr(m, "adaptation", None) is not None]
     for layer in layers:
         layer.adaptation.adapters.pop(name, None)
         layer.adaptation.active = [n for n in layer.adaptation.active if n != name]
@@ -176,13 +176,13 @@ def count_parameters(model: Module) -> dict[str, Any]:
 
 def adapter_names(model: Transformer) -> list[str]:
     """The adapters on a model, in the order in which they came."""
-    return list(getattr(model, "adapter_configs", {}))
+    return list(model.adapter_configs)
 
 
 def adapters_of(model: Transformer, name: str = "default") -> dict[str, Any]:
     """Module path -> Adapter, for one adapter. Raises KeyError if the model has none of that name."""
     _check_names(model, [name])
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     return {path: modules[path].adaptation.adapters[name] for path in module_names(model)
             if modules[path].adaptation is not None and name in modules[path].adaptation.adapters}
 
@@ -196,7 +196,8 @@ def _modules_to_save(model: Transformer, config: LoraConfig) -> Iterator[tuple[s
     wanted = list(config.modules_to_save or ())
     if model.classifier is not None and "classifier" not in wanted:
         wanted.append("classifier")
-    names, modules = module_names(model), dict(model.named_modules())
+    names = module_names(model)
+    modules: dict[str, Any] = dict(model.named_modules())
     for name in wanted:
         paths = [path for path, known in names.items() if any(n == name or n.endswith(f".{name}") for n in known)]
         if not paths:
