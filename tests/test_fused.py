@@ -256,6 +256,27 @@ def test_linear(device, lead, k, d, bias, seed):
 
 
 @properties
+@given(lead=st.lists(sizes, max_size=3), k=sizes, F=sizes, d=sizes, bias=st.booleans(), seed=seeds,
+       activation=st.sampled_from(["gelu", "gelu_tanh", "silu"]))
+def test_feed_forward(device, lead, k, F, d, bias, seed, activation):
+    rng = np.random.default_rng(seed)
+    inputs = [rng.standard_normal(s) for s in ((*lead, k), (F, k), (d, F), (F,), (d,))][: 5 if bias else 3]
+    act = ag.gelu if activation == "gelu" else getattr(composed, activation)
+    assert_twins(lambda x, W1, W2, b1=None, b2=None: ag.feed_forward(x, W1, b1, W2, b2, activation),
+                 lambda x, W1, W2, b1=None, b2=None: composed.linear(act(composed.linear(x, W1, b1)), W2, b2), *inputs)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_feed_forward_over_more_than_one_block(device, dtype):
+    """More rows than the blocks that a fast kernel may work in, and no multiple of them."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal(s) * 0.3 for s in ((1031, 24), (96, 24), (96,), (24, 96), (24,))]
+    got = run(lambda *a: ag.feed_forward(*a, "gelu_tanh"), inputs, dtype)
+    expected = run(lambda x, W1, b1, W2, b2: composed.linear(composed.gelu_tanh(composed.linear(x, W1, b1)), W2, b2), inputs)
+    assert_near(got, expected, 1e-12 if dtype == "float64" else 1e-5)
+
+
+@properties
 @given(B=sizes, T=sizes, k=sizes, d=sizes, r=st.integers(1, 3), bias=st.booleans(), scale=st.sampled_from([0.5, -2.0]),
        seed=seeds)
 def test_lora_linear_thin_formed_and_composed(device, B, T, k, d, r, bias, scale, seed):
