@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,37 +303,42 @@ def _timed_ops(seconds: dict[str, float], shapes: list[tuple[tuple[int, ...], ..
             return result
         return call
 
-    kernel_type = type(kernels(np.zeros(1)))
-    matmul, linear = kernel_type.matmul, kernel_type.linear
-    feed_forward, feed_forward_grad = kernel_type.feed_forward, kernel_type.feed_forward_grad
+    kernel_type: Any = type(kernels(np.zeros(1)))
+    matmul = kernel_type.matmul
 
     def noted_matmul(self: Any, a: Any, b: Any, ta: bool = False, tb: bool = False) -> Any:
         if a.ndim == b.ndim == 2:
             shapes.append((a.shape[::-1] if ta else a.shape, b.shape[::-1] if tb else b.shape))
         return matmul(self, a, b, ta, tb)
 
-    def noted_linear(self: Any, x: Any, W: Any, b: Any) -> Any:
-        shapes.append((x.shape, W.shape[::-1]))
-        return linear(self, x, W, b)
+    def noted(function: Any, products: Callable[..., list[Any]]) -> Any:
+        """Note the products that the arguments say, and not those that the function makes of them inside."""
+        def call(self: Any, *args: Any) -> Any:
+            before = len(shapes)
+            result = function(self, *args)
+            shapes[before:] = products(*args)
+            return result
+        return call
 
-    def noted_feed_forward(self: Any, x: Any, W1: Any, b1: Any, W2: Any, *rest: Any) -> Any:
-        shapes.extend([(x.shape, W1.shape[::-1]), ((len(x), len(W1)), W2.shape[::-1])])
-        return feed_forward(self, x, W1, b1, W2, *rest)
-
-    def noted_feed_forward_grad(self: Any, dy: Any, s: Any, W1: Any, W2: Any, hidden: bool) -> Any:
-        shapes.extend([(dy.shape, W2.shape), (s.shape, W1.shape)])
-        return feed_forward_grad(self, dy, s, W1, W2, hidden)
-
-    originals = {cls: (cls.forward, cls.backward) for cls in Op.registry.values()}
+    noting = {
+        "matmul": noted_matmul,
+        "linear": noted(kernel_type.linear, lambda x, W, b: [(x.shape, W.shape[::-1])]),
+        "feed_forward": noted(kernel_type.feed_forward, lambda x, W1, b1, W2, *rest: [
+            (x.shape, W1.shape[::-1]), ((len(x), len(W1)), W2.shape[::-1])]),
+        "feed_forward_grad": noted(kernel_type.feed_forward_grad, lambda dy, s, W1, W2, hidden: [
+            (dy.shape, W2.shape), (s.shape, W1.shape)]),
+    }
+    kernels_before = {name: getattr(kernel_type, name) for name in noting}
+    originals: dict[Any, Any] = {cls: (cls.forward, cls.backward) for cls in Op.registry.values()}
     try:
-        kernel_type.matmul, kernel_type.linear = noted_matmul, noted_linear
-        kernel_type.feed_forward, kernel_type.feed_forward_grad = noted_feed_forward, noted_feed_forward_grad
+        for name, function in noting.items():
+            setattr(kernel_type, name, function)
         for cls, (forward, backward) in originals.items():
             cls.forward, cls.backward = timed(cls.__name__, forward), timed(f"{cls.__name__} backward", backward)
         yield
     finally:
-        kernel_type.matmul, kernel_type.linear = matmul, linear
-        kernel_type.feed_forward, kernel_type.feed_forward_grad = feed_forward, feed_forward_grad
+        for name, function in kernels_before.items():
+            setattr(kernel_type, name, function)
         for cls, (forward, backward) in originals.items():
             cls.forward, cls.backward = forward, backward
 

@@ -413,7 +413,7 @@ def test_gradients(device, ran, name, layout):
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"GELU", "RowBlocks"}))     # RowBlocks reads one shared real buffer
 def test_the_complex_step_agrees(name):
     for case in CASES[name]:
-        if not case.frozen and case.label != "gelu":       # there is no complex erf
+        if not case.frozen and case.label.split()[0] != "gelu":       # there is no complex erf
             with told(name, case):
                 assert gradcheck(case.fn, build(case), method="complex", rtol=1e-11, atol=1e-13)
 

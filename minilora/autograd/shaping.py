@@ -11,7 +11,7 @@ from .tensor import Op
 class Reshape(Op):
     """The same numbers in another shape. The gradient takes the old shape."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...] | int) -> None:
         self.shape = shape
 
     def forward(self, a):

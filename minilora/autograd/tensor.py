@@ -79,8 +79,8 @@ class Op:
             self.n_outputs = len(outputs)
             # An edge is where the gradient goes: a leaf, or (the Op that made the input, which of its outputs). It does
             # not hold the input's array, so an input that no gradient uses is freed although the graph lives on.
-            self.edges = tuple(_edge(x) if need else None for x, need in zip(inputs, self.needs, strict=True))
-            self.specs = tuple((x.shape, x.dtype) if need else None for x, need in zip(arrays, self.needs, strict=True))
+            self.edges: Any = tuple(_edge(x) if need else None for x, need in zip(inputs, self.needs, strict=True))
+            self.specs: Any = tuple((x.shape, x.dtype) if need else None for x, need in zip(arrays, self.needs, strict=True))
         tensors = tuple(Tensor(y, recorded, self if recorded else None, i) for i, y in enumerate(outputs))
         return tensors if isinstance(result, tuple) else tensors[0]
 

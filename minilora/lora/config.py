@@ -97,7 +97,7 @@ def find_targets(model: Transformer, config: LoraConfig) -> list[tuple[str, tupl
         chosen = {path for path in chosen if path.startswith("layers.") and int(path.split(".")[1]) in layers}
     if not chosen:
         raise ValueError("no module is left to adapt: look at target_modules, exclude_modules and layers_to_transform")
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     return [(path, names, modules[path]) for path, names in candidates.items() if path in chosen]
 
 

@@ -35,8 +35,8 @@ class TransformerConfig:
     d_model: int
     n_layers: int
     n_heads: int
-    n_kv_heads: int | None = None
-    d_ff: int | None = None
+    n_kv_heads: Any = None                   # Any: None may be given, __post_init__ puts a whole number in its place
+    d_ff: Any = None
     max_len: int = 1024
     causal: bool = True
     norm: str = "layernorm"
@@ -45,12 +45,12 @@ class TransformerConfig:
     position: str = "learned"
     rope_theta: float = 10000.0
     mlp: str = "gelu_tanh"
-    bias: bool | None = None
-    qkv_bias: bool | None = None
+    bias: Any = None                         # likewise True or False
+    qkv_bias: Any = None
     tie_embeddings: bool = True
     dropout: float = 0.0
     n_token_types: int = 0
-    head: str | None = None
+    head: Any = None                         # likewise a name
     n_labels: int | None = None
     model_type: str | None = None
 
@@ -94,11 +94,13 @@ class TransformerConfig:
     @classmethod
     def bert(cls, **fields: Any) -> TransformerConfig:
         """BERT (Devlin et al. 2018): bidirectional, norm after, token types, exact GELU."""
-        form = {"causal": False, "norm_first": False, "norm_eps": 1e-12, "mlp": "gelu", "n_token_types": 2, "max_len": 512}
-        return cls(**form | {"model_type": "bert"} | fields)
+        form: dict[str, Any] = {"model_type": "bert", "causal": False, "norm_first": False, "norm_eps": 1e-12, "mlp": "gelu",
+                                "n_token_types": 2, "max_len": 512}
+        return cls(**form | fields)
 
     @classmethod
     def llama(cls, **fields: Any) -> TransformerConfig:
         """Llama (Touvron et al. 2023): rotary positions, RMSNorm, SwiGLU, no biases."""
-        form = {"norm": "rmsnorm", "norm_eps": 1e-6, "position": "rope", "mlp": "swiglu", "tie_embeddings": False}
-        return cls(**form | {"model_type": "llama"} | fields)
+        form: dict[str, Any] = {"model_type": "llama", "norm": "rmsnorm", "norm_eps": 1e-6, "position": "rope", "mlp": "swiglu",
+                                "tie_embeddings": False}
+        return cls(**form | fields)

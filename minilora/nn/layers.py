@@ -26,7 +26,7 @@ class Linear(Module):
     def __init__(self, weight: Any, bias: Array | None = None) -> None:
         is_array = hasattr(weight, "dtype") and not isinstance(weight, Parameter)
         self.weight: Any = Parameter(weight) if is_array else weight
-        self.bias = None if bias is None else Parameter(bias)
+        self.bias: Any = None if bias is None else Parameter(bias)
         self.adaptation: Any = None
 
     @property
@@ -98,7 +98,7 @@ class PackedLinear(Linear):
         for name, block in self._slices().items():
             layer = self.blocks[name]
             layer.weight.data = self.packed_weight[block]
-            if layer.bias is not None:
+            if self.packed_bias is not None:
                 layer.bias.data = self.packed_bias[block]
 
     def __setstate__(self, state: dict[str, Any]) -> None:

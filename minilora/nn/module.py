@@ -8,7 +8,7 @@ is listed once, under its first path.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -57,13 +57,13 @@ class Module:
                 return module
         raise KeyError(f"no module {path!r} in this model")
 
-    def freeze(self) -> Module:
+    def freeze(self) -> Self:
         """Let no parameter require a gradient. Returns the module."""
         for _, parameter in self.named_parameters():
             parameter.requires_grad = False
         return self
 
-    def unfreeze(self) -> Module:
+    def unfreeze(self) -> Self:
         """Let every parameter require a gradient (full fine-tuning). Returns the module."""
         for _, parameter in self.named_parameters():
             parameter.requires_grad = True
@@ -74,17 +74,17 @@ class Module:
         for _, parameter in self.named_parameters():
             parameter.grad = None
 
-    def train(self, mode: bool = True) -> Module:
+    def train(self, mode: bool = True) -> Self:
         """Training mode: dropout is active. Nothing is merged or unmerged by it."""
         for _, module in self.named_modules():
             module.training = mode
         return self
 
-    def eval(self) -> Module:
+    def eval(self) -> Self:
         """Evaluation mode: dropout is off."""
         return self.train(False)
 
-    def to(self, device: str) -> Module:
+    def to(self, device: str) -> Self:
         """Move all arrays to "cpu" or "gpu". The one occasion on which a parameter's array is replaced. Returns the module."""
         for _, module in self.named_modules():
             module.move(device)

@@ -39,13 +39,17 @@ class Transformer(Module):
         rotate = unrotated if learned else Rope(cfg, dtype)
         self.layers = [build_layer(cfg, init, rotate, i) for i in range(cfg.n_layers)]
         self.final_norm = NORMS[cfg.norm](D, cfg.norm_eps, dtype) if cfg.norm_first else None
-        self.head = self.pooler = self.classifier = None
+        self.head: Any = None                                      # each of the three a Linear, or None
+        self.pooler: Any = None
+        self.classifier: Any = None
         if cfg.head == "lm":
             self.head = Linear(self.embed.weight if cfg.tie_embeddings else init.normal(cfg.vocab_size, D))
         else:
             self.pooler = init.linear(D, D, True) if cfg.head == "sequence" and not cfg.causal else None
+            assert cfg.n_labels is not None                        # the config has checked it
             self.classifier = init.linear(D, cfg.n_labels, not cfg.causal)
         self.answer = {"lm": self.lm_logits, "sequence": self.sequence_logits, "token": self.token_logits}[cfg.head]
+        self.adapter_configs: dict[str, Any] = {}                  # by adapter name, kept by lora/
 
     def __call__(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None,
                  adapter_names: Sequence[str] | None = None, cache: list[KVCache] | None = None) -> Tensor:
@@ -112,7 +116,7 @@ class Transformer(Module):
         if names is None:
             yield
             return
-        adaptations = [m.adaptation for _, m in self.named_modules() if getattr(m, "adaptation", None) is not None]
+        adaptations = [a for _, m in self.named_modules() if (a := getattr(m, "adaptation", None)) is not None]
         if len(names) != len(ids):
             raise ValueError(f"{len(names)} adapter names for a batch of {len(ids)} rows: give one for each row")
         unknown = set(names) - {"__base__"} - {name for a in adaptations for name in a.adapters}

@@ -97,5 +97,6 @@ def _planted_pair(cfg: TransformerConfig, rng: np.random.Generator) -> tuple[Tra
     teacher.load_state_dict(base.state_dict())
     for layer in teacher.layers:
         for block in (layer.attn.q_proj, layer.attn.v_proj):
-            block.weight.data[...] += to_device(planted_update(*block.weight.shape, [2.0] * PLANTED_RANK, rng))
+            d_out, d_in = block.weight.shape
+            block.weight.data[...] += to_device(planted_update(d_out, d_in, [2.0] * PLANTED_RANK, rng))
     return base, teacher

@@ -155,7 +155,7 @@ def plain_base(model: Any) -> Iterator[None]:
     """Inside the block the model carries no adapters and nothing trains; afterwards it is as it was."""
     layers = [(module, module.adaptation) for _, module in model.named_modules() if hasattr(module, "adaptation")]
     needs = [(p, p.requires_grad) for _, p in model.named_parameters()]
-    configs = vars(model).pop("adapter_configs", None)
+    configs, model.adapter_configs = model.adapter_configs, {}
     for layer, _ in layers:
         layer.adaptation = None
     model.freeze()
@@ -166,9 +166,7 @@ def plain_base(model: Any) -> Iterator[None]:
             layer.adaptation = adaptation
         for p, need in needs:
             p.requires_grad = need
-        vars(model).pop("adapter_configs", None)
-        if configs is not None:
-            model.adapter_configs = configs
+        model.adapter_configs = configs
 
 
 class LoRAStack(Adapter):
