@@ -289,16 +289,6 @@ CASES: dict[str, list[Case]] = {
                  + [Case(f"frozen {f}", ag.layer_norm, (normal(3, 4), normal(4), normal(4)), f) for f in ((0,), (1, 2))],
     "RMSNorm": [Case(f"{s}", ag.rms_norm, (normal(*s), normal(s[-1]))) for s in ((3, 4), (2, 1, 3), (4,), (3, 1))]
                + [Case(f"frozen {f}", ag.rms_norm, (normal(3, 4), normal(4)), f) for f in ((0,), (1,))],
-    "FeedForward": [
-        *(Case(f"{act} {shape}", lambda *a, act=act: ag.feed_forward(*a, act),
-               (normal(*shape, 3), normal(5, 3), normal(5), normal(2, 5), normal(2)))
-          for act in ("gelu", "gelu_tanh", "silu") for shape in ((2, 4), (1,), ())),
-        Case("no biases", lambda x, V, W: ag.feed_forward(x, V, None, W, None, "gelu_tanh"),
-             (normal(4, 3), normal(5, 3), normal(3, 5))),
-        *(Case(f"frozen {f}", lambda *a: ag.feed_forward(*a, "gelu_tanh"),
-               (normal(4, 3), normal(5, 3), normal(5), normal(3, 5), normal(3)), f)
-          for f in ((0,), (1, 2), (3, 4), (1, 2, 3, 4), (0, 1, 2, 3), (0, 2, 3, 4))),
-    ],
     "GELU": elementwise(ag.gelu),
     "GELUTanh": elementwise(ag.gelu_tanh),
     "SiLU": elementwise(ag.silu),
