@@ -8,8 +8,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")      # before NumPy loads: the matrices are small, and the tests run side by side
 
 import fake_device  # noqa: F401  (registers the device "fake")
 import numpy as np
