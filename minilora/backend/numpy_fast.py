@@ -59,22 +59,26 @@ class NumpyKernels(BlockAttention):
         a, b = a.swapaxes(-1, -2) if ta else a, b.swapaxes(-1, -2) if tb else b
         if a.ndim > b.ndim == 2:                                   # one product, not one for each leading index
             return self.matmul(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[-1])
+        a, b = for_blas(a), for_blas(b)
         if a.size * b.shape[-1] <= ALONE:
-            return for_blas(a) @ for_blas(b)
+            return a @ b
         if a.ndim == b.ndim == 2:
-            return self._product(for_blas(a), for_blas(b), None)
+            return self._product(a, b, None)
+        if a.ndim == b.ndim == 3 and len(a) == len(b):             # K products side by side
+            y = np.empty((len(a), a.shape[1], b.shape[2]), np.result_type(a, b))
+            for_blocks(lambda k: np.matmul(a[k], b[k], out=y[k]), spans(len(a), -(-len(a) // workers())), products=True)
+            return y
         with one_blas_thread():
-            return for_blas(a) @ for_blas(b)
+            return a @ b
 
     def _product(self, a: Array, b: Array, bias: Array | None) -> Array:       # (n, k), (k, m), (m,) -> (n, m)
-        y = np.empty((len(a), b.shape[1]), np.result_type(a, b))
-        everything = slice(None)
+        y, all_of_it = np.empty((len(a), b.shape[1]), np.result_type(a, b)), slice(None)
         if a.size * b.shape[1] < PRODUCT:
-            blocks = [(everything, everything)]
+            blocks = [(all_of_it, all_of_it)]
         elif len(a) < FEW:
-            blocks = [(everything, columns) for columns in spans(b.shape[1], -(-b.shape[1] // workers()))]
+            blocks = [(all_of_it, columns) for columns in spans(b.shape[1], -(-b.shape[1] // workers()))]
         else:
-            blocks = [(some, everything) for some in row_blocks(len(a))]
+            blocks = [(some, all_of_it) for some in row_blocks(len(a))]
 
         def part(block: tuple[slice, slice]) -> None:
             some, columns = block
@@ -304,8 +308,6 @@ class NumpyKernels(BlockAttention):
         chain(formula, p, g, m, v, *(np.broadcast_to(np.asarray(a, p.dtype), p.shape) for a in (decay, rate)), temporaries=1)
 
 
-# Shapes
-
 def row_blocks(n: int) -> list[slice]:
     """How products share out n rows: by n alone, so that the bits of a row do not depend on which op multiplies it."""
     return spans(n, min(ROWS, -(-n // workers())))
@@ -323,8 +325,6 @@ def for_blas(a: Array) -> Array:
     """a, copied if neither of its last two axes is contiguous: BLAS takes no such matrix."""
     return a if a.itemsize in a.strides[-2:] else np.ascontiguousarray(a)
 
-
-# Formulas on rows, and in place
 
 def logsumexp_rows(e: Array, x: Array, lse: Array) -> None:        # temporary (n, V), (n, V), (n,)
     total, top = exponentials(lambda: x, out=e)
