@@ -91,7 +91,7 @@ def text_ranks(ax: Axes, data: dict[str, Any]) -> Axes:
     rank_axis(ax, sorted({row["rank"] for row in data["rows"]}))
     ax.set_ylabel("validation loss, nats per byte")
     ax.set_title(f"{data['from']} to {data['to']}, {data['seeds']} seeds")
-    ax.legend(loc="best")
+    ax.legend(loc="upper right", bbox_to_anchor=(1.0, 0.94))       # below the line of the frozen base
     return ax
 
 
