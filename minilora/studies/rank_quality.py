@@ -155,7 +155,7 @@ def table(report: dict[str, Any]) -> str:
     kl = {row["rank"]: float(np.mean(row["kl"])) for row in teacher["rows"]}
     lines = [
         "(a) one linear layer: LoRA against the Eckart-Young optimum, r = 1 … 16",
-        f"    largest excess over the optimum {100 * linear['largest_excess']:.4f} %",
+        f"    largest excess over the optimum {100 * max(linear['largest_excess'], 0.0):.4f} %",
         "",
         f"(b) a Transformer with a hidden update of rank {teacher['planted_rank']} on q and v: KL(teacher ‖ student), nats",
         f"    frozen base {teacher['base']:.5f};  " + ", ".join(f"r={r} {value:.2e}" for r, value in kl.items()),
