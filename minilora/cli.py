@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     study = _verb(verbs, "study", _study, "answer one question with one table and one figure",
-                  "minilora study rank-quality --quick --out /tmp/figures")
+                  "minilora study rank-quality --quick --out my-figures")
     study.add_argument("name", nargs="?", help="the study's name; --list shows all")
     study.add_argument("--list", action="store_true", help="list the studies and stop")
     size = study.add_mutually_exclusive_group()
