@@ -33,10 +33,10 @@ class Attention(Op):
     the keys up to i + (S - T), so the last query sees all S keys; this also serves a key-value cache. key_mask (B, S): keys
     marked 0 are seen by nobody. A query that sees no key at all gets o = 0.
 
-    Backward, for each head (Softmax's rule in the middle line):
-        v̄ = Pᵀ ō,    P̄ = ō vᵀ,    S̄ = P ⊙ (P̄ - ⟨P̄, P⟩),    q̄ = S̄ k/√hd,    k̄ = S̄ᵀ q/√hd.
-    Kept are q, k, v and one number a query, log Σ exp S: P is computed again from them, so no (T, S) array outlives a block
-    of heads (as in FlashAttention, arXiv:2205.14135).
+    Backward, for each head (Softmax's rule in the middle line, where ⟨P̄, P⟩ = ⟨ō, o⟩ as o = P v):
+        v̄ = Pᵀ ō,    P̄ = ō vᵀ,    S̄ = P ⊙ (P̄ - ⟨ō, o⟩),    q̄ = S̄ k/√hd,    k̄ = S̄ᵀ q/√hd.
+    Kept are q, k, v, o and one number a query, log Σ exp S: P is computed again from them, so no (T, S) array outlives a
+    block of heads (as in FlashAttention, arXiv:2205.14135).
     """
 
     def __init__(self, causal: bool = False, key_mask: Any = None, scale: float | None = None) -> None:
@@ -46,9 +46,8 @@ class Attention(Op):
         if self.scale is None:
             self.scale = q.shape[-1] ** -0.5
         o, lse = kernels(q, k, v).attention(q, k, v, self.causal, self.key_mask, self.scale)
-        self.keep(q, k, v, lse)
+        self.keep(q, k, v, o, lse)
         return o
 
     def backward(self, do):                                     # (B, H, T, hd) -> q̄, k̄, v̄
-        q, k, v, lse = self.kept
-        return kernels(do).attention_grad(do, q, k, v, lse, self.causal, self.key_mask, self.scale)
+        return kernels(do).attention_grad(do, *self.kept, self.causal, self.key_mask, self.scale)

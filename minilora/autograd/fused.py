@@ -74,21 +74,21 @@ class LayerNorm(Op):
 
     With g = ȳ ⊙ w the gradient through x̂ alone would be ρ g. But μ and ρ depend on x too: shifting x changes nothing, and
     stretching it changes nothing, so the parts of g along 1 and along x̂ are taken out:
-        x̄ = ρ (g - mean g - x̂ mean(g ⊙ x̂)),    w̄ = Σ ȳ ⊙ x̂,    b̄ = Σ ȳ.      x̂ and ρ are kept.
+        x̄ = ρ (g - mean g - x̂ mean(g ⊙ x̂)),    w̄ = Σ ȳ ⊙ x̂,    b̄ = Σ ȳ.      x - μ and ρ are kept.
     """
 
     def __init__(self, eps: float = 1e-5) -> None:
         self.eps = eps
 
     def forward(self, x, w, b):                                 # (..., D), (D,), (D,) -> (..., D)
-        y, normal, rho = kernels(x).layer_norm(x, w, b, self.eps)
-        self.keep(normal, rho, w)
+        y, c, rho = kernels(x).layer_norm(x, w, b, self.eps)
+        self.keep(c, rho, w)
         return y
 
     def backward(self, dy):
-        normal, rho, w = self.kept
-        dx = kernels(dy).layer_norm_grad(dy, normal, rho, w) if self.needs[0] else None
-        dw = (dy * normal).reshape(-1, dy.shape[-1]).sum(axis=0) if self.needs[1] else None
+        c, rho, w = self.kept
+        dx = kernels(dy).layer_norm_grad(dy, c, rho, w) if self.needs[0] else None
+        dw = (dy * c * rho).reshape(-1, dy.shape[-1]).sum(axis=0) if self.needs[1] else None
         db = dy.reshape(-1, dy.shape[-1]).sum(axis=0) if self.needs[2] else None
         return dx, dw, db
 
@@ -97,19 +97,19 @@ class RMSNorm(Op):
     """y = w ⊙ x̂,   x̂ = x ρ,   ρ = 1/√(mean x² + ε), over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467).
 
     As in LayerNorm without the mean, with g = ȳ ⊙ w:
-        x̄ = ρ (g - x̂ mean(g ⊙ x̂)),    w̄ = Σ ȳ ⊙ x̂.      x̂ and ρ are kept.
+        x̄ = ρ (g - x̂ mean(g ⊙ x̂)),    w̄ = Σ ȳ ⊙ x̂.      x and ρ are kept.
     """
 
     def __init__(self, eps: float = 1e-5) -> None:
         self.eps = eps
 
     def forward(self, x, w):                                    # (..., D), (D,) -> (..., D)
-        y, normal, rho = kernels(x).rms_norm(x, w, self.eps)
-        self.keep(normal, rho, w)
+        y, rho = kernels(x).rms_norm(x, w, self.eps)
+        self.keep(x, rho, w)
         return y
 
     def backward(self, dy):
-        normal, rho, w = self.kept
-        dx = kernels(dy).rms_norm_grad(dy, normal, rho, w) if self.needs[0] else None
-        dw = (dy * normal).reshape(-1, dy.shape[-1]).sum(axis=0) if self.needs[1] else None
+        x, rho, w = self.kept
+        dx = kernels(dy).rms_norm_grad(dy, x, rho, w) if self.needs[0] else None
+        dw = (dy * x * rho).reshape(-1, dy.shape[-1]).sum(axis=0) if self.needs[1] else None
         return dx, dw

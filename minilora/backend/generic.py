@@ -99,30 +99,28 @@ class Kernels:
     # Norms
 
     def layer_norm(self, x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Array, Array]:
-        """y, x̂ and ρ (with a last axis of 1)."""
+        """y, the centred c = x - μ, and ρ (with a last axis of 1)."""
         share = 1.0 / x.shape[-1]
-        normal = x - x.sum(axis=-1, keepdims=True) * share
-        rho = ((normal * normal).sum(axis=-1, keepdims=True) * share + eps) ** -0.5
-        normal *= rho
-        return normal * w + b, normal, rho
+        c = x - x.sum(axis=-1, keepdims=True) * share
+        rho = ((c * c).sum(axis=-1, keepdims=True) * share + eps) ** -0.5
+        return c * rho * w + b, c, rho
 
-    def layer_norm_grad(self, dy: Array, normal: Array, rho: Array, w: Array) -> Array:
+    def layer_norm_grad(self, dy: Array, c: Array, rho: Array, w: Array) -> Array:
         share = 1.0 / dy.shape[-1]
-        g = dy * w
+        normal, g = c * rho, dy * w
         along = (g * normal).sum(axis=-1, keepdims=True) * share
         g -= g.sum(axis=-1, keepdims=True) * share
         g -= normal * along
         g *= rho
         return g
 
-    def rms_norm(self, x: Array, w: Array, eps: float) -> tuple[Array, Array, Array]:
-        """y, x̂ and ρ (with a last axis of 1)."""
+    def rms_norm(self, x: Array, w: Array, eps: float) -> tuple[Array, Array]:
+        """y, and ρ (with a last axis of 1)."""
         rho = ((x * x).sum(axis=-1, keepdims=True) * (1.0 / x.shape[-1]) + eps) ** -0.5
-        normal = x * rho
-        return normal * w, normal, rho
+        return x * rho * w, rho
 
-    def rms_norm_grad(self, dy: Array, normal: Array, rho: Array, w: Array) -> Array:
-        g = dy * w
+    def rms_norm_grad(self, dy: Array, x: Array, rho: Array, w: Array) -> Array:
+        normal, g = x * rho, dy * w
         g -= normal * ((g * normal).sum(axis=-1, keepdims=True) * (1.0 / dy.shape[-1]))
         g *= rho
         return g
@@ -192,16 +190,17 @@ class Kernels:
         o = self.matmul((p / total).reshape(B, KV, -1, S), v)
         return o.reshape(B, H, T, hd), (self.xp.log(total) + top)[..., 0]
 
-    def attention_grad(self, do: Array, q: Array, k: Array, v: Array, lse: Array, causal: bool, key_mask: Array | None,
-                       scale: float) -> tuple[Array, Array, Array]:
+    def attention_grad(self, do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, causal: bool,
+                       key_mask: Array | None, scale: float) -> tuple[Array, Array, Array]:
         """q̄, k̄, v̄. The probabilities are computed again from q, k and log Σ exp."""
         B, H, T, hd = q.shape
         KV, S = k.shape[1:3]
         mask = self.scores_mask(T, S, causal, key_mask, q.dtype)
         p = self.xp.exp(self._scores(q, k, scale, mask) - lse[..., None])
+        along = (do * o).sum(axis=-1, keepdims=True)
         do, q = do.reshape(B, KV, -1, hd), q.reshape(B, KV, -1, hd)
         dp = self.matmul(do, v, tb=True).reshape(B, H, T, S)
-        ds = (p * (dp - (dp * p).sum(axis=-1, keepdims=True)) * scale).reshape(B, KV, -1, S)
+        ds = (p * (dp - along) * scale).reshape(B, KV, -1, S)
         p = p.reshape(B, KV, -1, S)
         return self.matmul(ds, k).reshape(B, H, T, hd), self.matmul(ds, q, ta=True), self.matmul(p, do, ta=True)
 

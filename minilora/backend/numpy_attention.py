@@ -2,7 +2,7 @@
 
 NumPy is slow along short rows: finding the maximum of 64 scores takes as long as 500 multiplications. So the row maximum is
 subtracted only where leaving it out would not be safe; the division by the sum waits until o, which is smaller than P; and
-in the gradient -log Σ exp comes in through the product, as one more feature: [q, -lse]·[k, 1] = q·k - lse.
+what the gradient subtracts comes in through the products, as one more feature: [q, -lse]·[k, 1] = q·k - lse.
 
 BLAS is slow at many small products with the second matrix transposed: kᵀ and vᵀ are written out. Queries under a causal mask
 are worked on in chunks, each without the keys that none of it sees.
@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .generic import LOWEST, TINY, Array, Kernels
+from .memory import empty
 from .parallel import for_blocks, scratch, spans
 
 SMALL = 1 << 13       # scores that are not worth any machinery
-SCORES = 1 << 17      # scores in a block
+SCORES = 1 << 18      # scores in a block
 CHUNK = 64            # queries in a chunk
 SAFE = 40.0           # e^±40, its sums and its products are far inside the range of float32
 
@@ -32,11 +33,6 @@ class Chunk(NamedTuple):
     queries: slice
     keys: slice
     mask: Array | None                                             # (queries, keys)
-
-    def scores_in(self, memory: Array) -> Array:                   # (nb, ng, G, C, S) -> (nb, ng, G, queries, keys)
-        """A contiguous array for the scores of this chunk, at the beginning of `memory`."""
-        shape = *memory.shape[:3], self.queries.stop - self.queries.start, self.keys.stop
-        return memory.reshape(-1)[: math.prod(shape)].reshape(shape)
 
     def hide(self, scores: Array, key_mask: Array | None) -> Array:
         """Add the masks in place; key_mask (nb, 1, 1, S)."""
@@ -59,91 +55,87 @@ class BlockAttention(Kernels):
         (B, KV, G, T, hd), S = q.shape, k.shape[3]
         mask = self.scores_mask(1, S, False, key_mask, q.dtype)    # (B, 1, 1, S) or None
         blocks, chunks, C = plan(q, S, causal)
-        o, lse = np.empty((B, T, KV, G, hd), q.dtype), np.empty((B, KV, G, T), q.dtype)
+        result, lse = empty((B, T, KV * G, hd), q.dtype), np.empty((B, KV, G, T), q.dtype)
+        o = by_heads(result, G)
 
-        def run(block):
-            b, g = block                                           # some batch items, some key heads
-            heads = q[b, g].shape[:3]
+        def run(block):                                            # some batch items, some key heads
+            heads = q[block].shape[:3]
             kT, v_block, memory = scratch(q.dtype, (*heads, hd, S), (*heads, S, hd), (*heads, C, S))
-            kT[...], v_block[...] = k[b, g].swapaxes(3, 4), v[b, g]
+            kT[...], v_block[...] = k[block].swapaxes(3, 4), v[block]
             kT *= scale
 
             def scores(chunk, p):
-                np.matmul(q[b, g][..., chunk.queries, :], kT[..., chunk.keys], out=p)
-                return chunk.hide(p, None if mask is None else mask[b])
+                np.matmul(q[block][..., chunk.queries, :], kT[..., chunk.keys], out=p)
+                return chunk.hide(p, None if mask is None else mask[block[0]])
 
             for chunk in chunks:
-                p = chunk.scores_in(memory)
+                t, keys = chunk.queries, chunk.keys
+                p = beginning(memory, (*heads, t.stop - t.start, keys.stop))
                 total, top = exponentials(partial(scores, chunk, p), out=p, lowest=LOWEST)
                 total += TINY
-                o_chunk = p @ v_block[..., chunk.keys, :]
+                lse[block][..., t] = np.log(total) + top
+                o_chunk = p @ v_block[..., keys, :]
                 o_chunk *= (1.0 / total)[..., None]
-                o[b, chunk.queries, g] = o_chunk.transpose(0, 3, 1, 2, 4)
-                lse[b, g, :, chunk.queries] = np.log(total) + top
+                o[block][..., t, :] = o_chunk
 
         for_blocks(run, blocks, products=True)
-        return o.reshape(B, T, KV * G, hd).swapaxes(1, 2), lse.reshape(B, KV * G, T)
+        return result.swapaxes(1, 2), lse.reshape(B, KV * G, T)
 
-    def attention_grad(self, do: Array, q: Array, k: Array, v: Array, lse: Array, causal: bool, key_mask: Array | None,
-                       scale: float) -> tuple[Array, Array, Array]:
+    def attention_grad(self, do: Array, q: Array, k: Array, v: Array, o: Array, lse: Array, causal: bool,
+                       key_mask: Array | None, scale: float) -> tuple[Array, Array, Array]:
         """As in Kernels. The results lie in memory as (B, T, H, hd)."""
         if not pays(q, k, causal):
-            return super().attention_grad(do, q, k, v, lse, causal, key_mask, scale)
+            return super().attention_grad(do, q, k, v, o, lse, causal, key_mask, scale)
         q, k, v = grouped(q, k, v)
         (B, KV, G, T, hd), S = q.shape, k.shape[3]
-        do, lse = do.reshape(q.shape), lse.reshape(B, KV, G, T)
+        do, o, lse = do.reshape(q.shape), o.reshape(q.shape), lse.reshape(B, KV, G, T)
         mask = self.scores_mask(1, S, False, key_mask, q.dtype)
         blocks, chunks, C = plan(q, S, causal)
         if S == T:                                                 # side by side in one array, so that `join` need not copy
-            whole = np.empty((B, T, KV * (G + 2), hd), q.dtype)
-            dq, dk, dv = np.split(whole, [KV * G, KV * (G + 1)], axis=2)
-            dq = dq.reshape(B, T, KV, G, hd)
+            results = np.split(empty((B, T, KV * (G + 2), hd), q.dtype), [KV * G, KV * (G + 1)], axis=2)
         else:
-            dq, dk, dv = (np.empty(shape, q.dtype) for shape in ((B, T, KV, G, hd), (B, S, KV, hd), (B, S, KV, hd)))
+            results = [empty(shape, q.dtype) for shape in ((B, T, KV * G, hd), (B, S, KV, hd), (B, S, KV, hd))]
+        dq, dk, dv = by_heads(results[0], G), by_heads(results[1], 1), by_heads(results[2], 1)
 
         def run(block):
-            b, g = block
-            heads = q[b, g].shape[:3]
-            qx, kx, k_block, vT, do_block, dk_block, dv_block, memory, dmemory = scratch(
-                q.dtype, (*heads, T, hd + 1), (*heads, hd + 1, S), (*heads, S, hd), (*heads, hd, S), (*heads, T, hd),
-                (*heads, S, hd), (*heads, S, hd), (*heads, C, S), (*heads, C, S))
-            k_block[...], vT[...], do_block[...] = k[b, g], v[b, g].swapaxes(3, 4), do[b, g]
-            qx[..., :hd], qx[..., hd] = q[b, g], -lse[b, g]
-            kx[..., :hd, :], kx[..., hd, :] = k_block.swapaxes(3, 4), 1.0
-            kx[..., :hd, :] *= scale
+            heads = q[block].shape[:3]
+            kx, vx, k_scaled, *memory = scratch(
+                q.dtype, (*heads, hd + 1, S), (*heads, hd + 1, S), (*heads, S, hd),
+                *[(math.prod(heads), C, size) for size in (hd + 1, hd + 1, S, S)])
+            kx[..., :hd, :], kx[..., hd, :] = k[block].swapaxes(3, 4), 1.0
+            vx[..., :hd, :], vx[..., hd, :] = v[block].swapaxes(3, 4), 1.0
+            np.multiply(k[block], scale, out=k_scaled)
             for chunk in reversed(chunks):                         # the last one sees all keys: it sets k̄ and v̄, the others add
                 t, keys = chunk.queries, chunk.keys
-                p, dp = chunk.scores_in(memory), chunk.scores_in(dmemory)
-                np.matmul(qx[..., t, :], kx[..., keys], out=p)
-                chunk.hide(p, None if mask is None else mask[b])
-                np.exp(p, out=p)                                               # P
-                np.matmul(do_block[..., t, :], vT[..., keys], out=dp)          # P̄
-                dp -= np.vecdot(dp, p)[..., None]
-                dp *= p                                                        # S̄ = P ⊙ (P̄ - ⟨P̄, P⟩)
-                add_product(dv_block, p.swapaxes(3, 4), do_block[..., t, :])
-                add_product(dk_block, dp.swapaxes(3, 4), qx[..., t, :hd])
-                dq_chunk = dp @ k_block[..., keys, :]
-                dq_chunk *= scale
-                dq[b, t, g] = dq_chunk.transpose(0, 3, 1, 2, 4)
-            dk_block *= scale
-            for gradient, from_heads in ((dk, dk_block), (dv, dv_block)):
-                gradient[b, :, g] = (from_heads.sum(axis=2) if G > 1 else from_heads[:, :, 0]).swapaxes(1, 2)
+                qx, dox, p, dp = (beginning(m, (*heads, t.stop - t.start, size))
+                                  for m, size in zip(memory, (hd + 1, hd + 1, keys.stop, keys.stop)))
+                np.multiply(q[block][..., t, :], scale, out=qx[..., :hd])
+                qx[..., hd] = -lse[block][..., t]
+                dox[..., :hd] = do[block][..., t, :]
+                dox[..., hd] = -np.vecdot(do[block][..., t, :], o[block][..., t, :])
+                np.matmul(qx, kx[..., keys], out=p)
+                np.exp(chunk.hide(p, None if mask is None else mask[block[0]]), out=p)         # P
+                np.matmul(dox, vx[..., keys], out=dp)                                          # P̄ - ⟨ō, o⟩
+                dp *= p                                                                        # S̄
+                np.matmul(dp, k_scaled[..., keys, :], out=dq[block][..., t, :])
+                qx, dox, p, dp = (a.reshape(*heads[:2], 1, -1, a.shape[-1]) for a in (qx, dox, p, dp))     # all G together
+                add_product(dv[block], p.swapaxes(3, 4), dox[..., :hd])
+                add_product(dk[block], dp.swapaxes(3, 4), qx[..., :hd])
 
         for_blocks(run, blocks, products=True)
-        return dq.reshape(B, T, KV * G, hd).swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
+        return results[0].swapaxes(1, 2), results[1].swapaxes(1, 2), results[2].swapaxes(1, 2)
 
     def join(self, parts: list[Array]) -> Array:
         """Without a copy where the parts are the consecutive columns of one array, as attention_grad returns q̄, k̄ and v̄."""
-        whole, start = parts[0].base, 0
-        width = sum(part.shape[-1] for part in parts) * parts[0].itemsize
+        first, memory = parts[0], parts[0].base
+        shape = (*first.shape[:-1], sum(part.shape[-1] for part in parts))
+        strides = tuple(math.prod(shape[i + 1 :]) * first.itemsize for i in range(len(shape)))
+        place = first.ctypes.data
         for part in parts:
-            if part.base is not whole or whole is None or not whole.flags.c_contiguous or (
-                    part.ctypes.data != whole.ctypes.data + start or part.strides[-2:] != (width, part.itemsize)):
+            if memory is None or part.base is not memory or part.strides != strides or part.ctypes.data != place:
                 return super().join(parts)
-            start += part.shape[-1] * part.itemsize
-        if whole.size * whole.itemsize != width * math.prod(parts[0].shape[:-1]):
-            return super().join(parts)
-        return whole.reshape(*parts[0].shape[:-1], -1)
+            place += part.shape[-1] * part.itemsize
+        return np.ndarray(shape, first.dtype, memory, first.ctypes.data - memory.ctypes.data)
 
 
 def pays(q: Array, k: Array, causal: bool) -> bool:
@@ -159,6 +151,16 @@ def grouped(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     k, v = (np.broadcast_to(a[:, :, None], (B, KV, H // KV, *a.shape[2:])) for a in (k, v))
     q = q if q.strides[-1] == q.itemsize else np.ascontiguousarray(q)          # as BLAS wants it
     return q.reshape(B, KV, H // KV, T, hd), k, v
+
+
+def by_heads(x: Array, G: int) -> Array:                           # (B, T, KV·G, hd) -> (B, KV, G, T, hd), a view
+    B, T, H, hd = x.shape
+    return x.reshape(B, T, H // G, G, hd).transpose(0, 2, 3, 1, 4)
+
+
+def beginning(memory: Array, shape: tuple[int, ...]) -> Array:
+    """A contiguous array at the beginning of `memory`."""
+    return memory.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
 def plan(q: Array, S: int, causal: bool) -> tuple[list[tuple[slice, slice]], list[Chunk], int]:

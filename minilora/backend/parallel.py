@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from .memory import empty
+
 _own = threading.local()  # what each thread has for itself: `working`, inside for_blocks, and `memory`, for scratch
 
 
@@ -94,7 +96,7 @@ def scratch(dtype: Any, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     if getattr(_own, "layout", None) != (dtype, shapes):
         sizes = [-(-math.prod(shape) * np.dtype(dtype).itemsize // 64) * 64 for shape in shapes]
         if sum(sizes) > len(getattr(_own, "memory", b"")):
-            _own.memory = np.empty(sum(sizes), np.uint8)
+            _own.memory = empty((sum(sizes),), np.uint8)
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         _own.arrays = [np.ndarray(shape, dtype, _own.memory, start) for shape, start in zip(shapes, starts)]
         _own.layout = dtype, shapes

@@ -1,0 +1,52 @@
+"""A formula on large arrays: run whole on one block of rows, which stays in the cache, then on the next, on all cores.
+
+On a large array every NumPy operation waits for memory, whatever it computes. On a block its results are still in the cache
+when the next operation of the formula wants them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from .generic import Array
+from .memory import empty
+from .parallel import for_blocks, scratch, spans
+
+SMALL = 1 << 13       # elements that are not worth any machinery, and that BLAS by itself leaves to one thread
+BLOCK = 1 << 18       # elements of one array in a block; smaller ones lose more in calls than they gain
+
+
+def chain(formula: Callable[..., None], *arrays: Array, temporaries: int = 0, products: bool = False) -> None:
+    """Call formula(temporaries…, blocks…) on blocks of rows of the arrays (equally many rows each).
+
+    The temporaries are shaped like the first array's block. products: the formula multiplies matrices (see for_blocks).
+    """
+    first = arrays[0]
+
+    def run(block: slice) -> None:
+        parts = [a[block] for a in arrays]
+        formula(*scratch(first.dtype, *[parts[0].shape] * temporaries), *parts)
+
+    if 0 < first.size <= SMALL:
+        formula(*[empty(first.shape, first.dtype) for _ in range(temporaries)], *arrays)
+    else:
+        for_blocks(run, spans(len(first), BLOCK // max(1, math.prod(first.shape[1:]))), products)
+
+
+def rows(x: Array) -> Array:                                       # (..., D) -> (n, D)
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def like(x: Array) -> Array:
+    """A new array, uninitialised, of the shape and dtype of x."""
+    return empty(x.shape, x.dtype)
+
+
+def outer(a: Array, b: Array, out: Array) -> Array:                # (n,), (D,) -> (n, D)
+    """out[i, j] = a[i] b[j], by BLAS: NumPy's broadcasting costs a call for each row. (A single column would make it slow.)"""
+    columns, lines = np.zeros((len(a), 2), a.dtype), np.zeros((2, len(b)), b.dtype)
+    columns[:, 0], lines[0] = a, b
+    return np.matmul(columns, lines, out=out)

@@ -1,0 +1,194 @@
+"""Norms, activations and rotary positions on NumPy: chains of in-place operations on blocks (see numpy_chain.py).
+
+NumPy is slow at powers, at `where`, at the maximum with a number, and wherever an operation runs along short rows, as every
+row costs a call. The formulas are arranged to avoid these. What each means stands in generic.py, and the tests hold the two
+equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from .erf import TANH_POLYNOMIAL
+from .generic import Array
+from .numpy_attention import BlockAttention
+from .numpy_chain import chain, like, outer, rows
+
+# Φ(x) = (1 + erf(x/√2))/2 ≈ (1 + tanh(x q(x²)))/2, with q from erf.py and the 1/√2 taken into its coefficients.
+NORMAL_CDF = tuple(c * 0.5 ** (i + 0.5) for i, c in enumerate(TANH_POLYNOMIAL))
+
+
+class BlockFormulas(BlockAttention):
+    """The overrides of what works element by element or row by row."""
+
+    def layer_norm(self, x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Array, Array]:
+        return norm(x, w, b, eps)
+
+    def layer_norm_grad(self, dy: Array, c: Array, rho: Array, w: Array) -> Array:
+        return norm_grad(dy, c, rho, w, centred=True)
+
+    def rms_norm(self, x: Array, w: Array, eps: float) -> tuple[Array, Array]:
+        y, _, rho = norm(x, w, None, eps)
+        return y, rho
+
+    def rms_norm_grad(self, dy: Array, x: Array, rho: Array, w: Array) -> Array:
+        return norm_grad(dy, x, rho, w, centred=False)
+
+    # Activations: the formulas fill y and, if the slope is asked for, d (which is `into`, if given), using both on the way
+
+    def gelu(self, x: Array, slope: bool, into: Array | None = None) -> tuple[Array, Array | None]:
+        if x.dtype != np.float32:
+            y, d = super().gelu(x, slope)
+            if into is not None:
+                into[...] = d
+            return y, d if into is None else into
+
+        def formula(d, x, y):
+            with np.errstate(over="ignore"):                       # x q(x²) may be infinite: then tanh is 1
+                np.multiply(x, x, out=d)
+                polynomial(d, NORMAL_CDF, out=y)
+                y *= x
+            half_tanh(y)                                           # Φ
+            if slope:                                              # d = Φ + x exp(-x²/2)/√(2π)
+                d *= -0.5
+                np.exp(d, out=d)
+                d *= x
+                d *= 1.0 / math.sqrt(2.0 * math.pi)
+                d += y
+            y *= x
+
+        return activation(formula, x, slope, into)
+
+    def gelu_tanh(self, x: Array, slope: bool, into: Array | None = None) -> tuple[Array, Array | None]:
+        c = math.sqrt(2.0 / math.pi)
+
+        def formula(t, d, x, y):
+            np.multiply(x, x, out=d)
+            polynomial(d, (c, 0.044715 * c), out=y)
+            y *= x
+            half_tanh(y)                                           # (1 + tanh u)/2, in place of Φ
+            if slope:                                              # d = Φ + 2 u' x Φ (1 - Φ),   u' = c (1 + 0.134145 x²)
+                d *= 2.0 * 0.134145 * c
+                d += 2.0 * c
+                d *= np.subtract(1.0, y, out=t)
+                np.multiply(x, y, out=t)
+                d *= t
+                d += y
+            y *= x
+
+        return activation(formula, x, slope, into, temporaries=1)
+
+    def silu(self, x: Array, slope: bool, into: Array | None = None) -> tuple[Array, Array | None]:
+        def formula(d, x, y):
+            np.multiply(x, 0.5, out=y)
+            half_tanh(y)                                           # σ(x) = (1 + tanh(x/2))/2
+            if slope:                                              # d = σ + x σ (1 - σ)
+                np.subtract(1.0, y, out=d)
+                d *= x
+                d *= y
+                d += y
+            y *= x
+
+        return activation(formula, x, slope, into)
+
+    def swiglu(self, g: Array, u: Array, slopes: bool) -> tuple[Array, Array | None, Array | None]:
+        y, by_g, by_u = like(g), like(g), like(g)
+
+        def formula(g, u, y, by_g, by_u):
+            np.multiply(g, 0.5, out=by_u)
+            half_tanh(by_u)                                        # σ(g)
+            if slopes:                                             # u (σ + g σ (1 - σ))
+                np.subtract(1.0, by_u, out=by_g)
+                by_g *= g
+                by_g *= by_u
+                by_g += by_u
+                by_g *= u
+            by_u *= g                                              # silu(g)
+            np.multiply(by_u, u, out=y)
+
+        chain(formula, *[a.reshape(-1) for a in (g, u, y, by_g, by_u)])
+        return y, by_g if slopes else None, by_u if slopes else None
+
+    # Positions
+
+    def rotary(self, x: Array, cos: Array, sin: Array) -> Array:   # (B, H, T, hd), (T, hd/2) twice -> (B, H, T, hd)
+        y, half = like(x), x.shape[-1] // 2
+        cos, sin = np.concatenate([cos, cos], axis=-1), np.concatenate([-sin, sin], axis=-1)
+
+        def formula(t, x, y):                                      # y = x cos + (-x₂, x₁) sin, on whole rows
+            y[...] = x
+            t[..., :half], t[..., half:] = x[..., half:], x[..., :half]
+            y *= cos
+            t *= sin
+            y += t
+
+        chain(formula, x, y, temporaries=1)
+        return y
+
+
+def norm(x: Array, w: Array, b: Array | None, eps: float) -> tuple[Array, Array, Array]:
+    """y = (x - μ) ⊙ ρ w + b, the centred x - μ, and ρ. Without b it is an RMS norm: μ = 0, and x itself is returned."""
+    y, c, rho = like(x), x if b is None else like(x), np.empty(x.shape[:-1], x.dtype)
+    ones, share = np.ones(x.shape[-1], x.dtype), 1.0 / x.shape[-1]
+
+    def formula(x, y, c, rho):
+        if b is not None:
+            np.subtract(x, outer(share * (x @ ones), ones, out=y), out=c)
+        np.sqrt(share * row_dot(c, c) + eps, out=rho)
+        np.divide(1.0, rho, out=rho)
+        np.multiply(c, outer(rho, w, out=y), out=y)
+        if b is not None:
+            y += b
+
+    chain(formula, rows(x), rows(y), rows(c), rho.reshape(-1), products=True)
+    return y, c, rho[..., None]
+
+
+def norm_grad(dy: Array, c: Array, rho: Array, w: Array, centred: bool) -> Array:
+    """ρ (g - mean g) - c ρ³ mean(g ⊙ c) with g = ȳ ⊙ w and c = x - μ; without mean g for an RMS norm."""
+    dx, ones, share = like(dy), np.ones(dy.shape[-1], dy.dtype), 1.0 / dy.shape[-1]
+
+    def formula(t, dy, c, rho, dx):
+        along = np.multiply(dy, c, out=t) @ w                      # Σ g ⊙ c
+        np.multiply(dy, outer(rho, w, out=dx), out=dx)
+        dx -= np.multiply(c, outer(share * along * (rho * rho * rho), ones, out=t), out=t)
+        if centred:
+            dx -= outer(share * (dy @ w) * rho, ones, out=t)
+
+    chain(formula, rows(dy), rows(c), rho.reshape(-1), rows(dx), temporaries=1, products=True)
+    return dx
+
+
+def row_dot(x: Array, y: Array) -> Array:                          # (n, D) twice -> (n,)
+    return np.vecdot(x.conj(), y)                                  # (vecdot conjugates its first argument)
+
+
+def polynomial(s: Array, coefficients: tuple[float, ...], out: Array) -> None:
+    """c_0 + c_1 s + c_2 s² + …, by Horner's rule."""
+    np.multiply(s, coefficients[-1], out=out)
+    for c in coefficients[-2:0:-1]:
+        out += c
+        out *= s
+    out += coefficients[0]
+
+
+def half_tanh(u: Array) -> None:
+    """(1 + tanh u)/2, in place."""
+    np.tanh(u, out=u)
+    u += 1.0
+    u *= 0.5
+
+
+def activation(formula: Callable[..., None], x: Array, slope: bool, into: Array | None, temporaries: int = 0,
+               ) -> tuple[Array, Array | None]:
+    """The arrays y and d that formula(temporaries…, d, x, y) fills. d is one more temporary if no slope is asked for."""
+    y = like(x)
+    if not slope:
+        chain(formula, x.reshape(-1), y.reshape(-1), temporaries=temporaries + 1)
+        return y, None
+    d = like(x) if into is None else into
+    chain(formula, d.reshape(-1), x.reshape(-1), y.reshape(-1), temporaries=temporaries)
+    return y, d
