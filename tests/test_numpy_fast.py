@@ -31,7 +31,7 @@ def threads(request, monkeypatch):
         return
     if "large" not in request.node.callspec.params.values():
         monkeypatch.setattr(numpy_chain, "BLOCK", 8)
-        for name in ("ALONE", "PRODUCT"):
+        for name in ("ALONE", "PRODUCT", "LARGE"):
             monkeypatch.setattr(numpy_fast, name, 0)
         monkeypatch.setattr(numpy_chain, "SMALL", 0)
         monkeypatch.setattr(numpy_attention, "SMALL", 0)
@@ -145,6 +145,12 @@ def test_cross_entropy(smoothing, shape, threads):
     agree("cross_entropy", logits, targets, smoothing)
     lse = GENERIC.logsumexp(logits.astype("float32").astype("float64"))
     agree("cross_entropy_grad", logits, lse, targets, weights, smoothing)
+
+
+def test_add(x, threads):
+    agree("add", x, like(x))
+    agree("add", x, like(x)[..., :1])                              # broadcast
+    agree("add", x, exactly=(2.0,))
 
 
 def test_norms(x, threads):

@@ -246,6 +246,15 @@ CASES: dict[str, list[Case]] = {
         Case("frozen x", ag.linear, (normal(2, 3), normal(4, 3), normal(4)), frozen=(0,)),
         Case("only b", ag.linear, (normal(2, 3), normal(4, 3), normal(4)), frozen=(0, 1)),
     ],
+    "Shards": [
+        Case("a leaf that all use, one that one uses", lambda x, a, b: ag.in_shards(
+            lambda x, rows: x * ag.tanh(a) + x if rows.start else ag.tanh(x * a) * b, x, [slice(0, 2), slice(2, 3)]),
+            (normal(3, 2), normal(2), normal(2))),
+        Case("a leaf used twice", lambda x, a: ag.in_shards(lambda x, rows: x * a + a * a, x, [slice(0, 1), slice(1, 2)]),
+             (normal(2, 3), normal(3))),
+        Case("rows as they are", lambda x: ag.in_shards(lambda x, rows: x, x, [slice(0, 2), slice(2, 4)]), (normal(4, 2),)),
+        *(Case(f"frozen {f}", lambda x, a: ag.in_shards(lambda x, rows: ag.exp(x) * a, x, [slice(0, 2), slice(2, 5)]),
+               (normal(5, 2), normal(2)), f) for f in ((0,), (1,)))],
     "FeedForward": [
         *(Case(name, feed(name), (normal(2, 3, 2), normal(4, 2), normal(4), normal(3, 4), normal(3)))
           for name in ("gelu", "gelu_tanh", "silu")),

@@ -40,10 +40,11 @@ from .functions import (
     where,
 )
 from .gradcheck import GradcheckError, gradcheck
+from .shards import in_shards
 from .tensor import Op, Tensor, no_grad, tensor
 
 __all__ = ["GradcheckError", "Op", "Tensor", "add", "attention", "concatenate", "cross_entropy", "divide", "dropout",
-           "embedding", "exp", "feed_forward", "gelu", "gelu_tanh", "getitem", "gradcheck", "layer_norm", "linear", "log",
-           "log_softmax", "lora_linear", "matmul", "max", "mean", "multiply", "negate", "no_grad", "power", "reshape",
+           "embedding", "exp", "feed_forward", "gelu", "gelu_tanh", "getitem", "gradcheck", "in_shards", "layer_norm", "linear",
+           "log", "log_softmax", "lora_linear", "matmul", "max", "mean", "multiply", "negate", "no_grad", "power", "reshape",
            "rms_norm", "rotary", "silu", "softmax", "split", "sqrt", "stack", "subtract", "sum", "swiglu", "tanh", "tensor",
            "transpose", "where"]

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 
-from ..backend import Array, array_module, device_of, to_device, to_host
+from ..backend import Array, array_module, device_of, kernels, to_device, to_host
 
 _grad_enabled: ContextVar[bool] = ContextVar("grad_enabled", default=True)
 _order = itertools.count()
@@ -47,6 +47,7 @@ class Op:
 
     needs: tuple[bool, ...] = ()
     kept: Any = None
+    retained = False                    # in backward: whether the graph is to stay for another one
 
     def __init_subclass__(cls) -> None:
         if "backward" in vars(cls):
@@ -89,6 +90,7 @@ class Op:
         if self.edges is None:
             raise RuntimeError(f"backward through {type(self).__name__} a second time, but its graph was freed by the first; "
                                "call backward(retain_graph=True) the first time, or run the forward pass again")
+        self.retained = retain_graph
         gradients = self.backward(*cotangents)
         gradients = gradients if isinstance(gradients, tuple) else (gradients,)
         edges, specs = self.edges, self.specs
@@ -167,26 +169,7 @@ class Tensor:
             raise ValueError(f"cotangent of shape {grad.shape} {grad.dtype}, expected the tensor's, {self.shape} {self.dtype}: "
                              "use grad.astype(...) or grad.reshape(...)")
 
-        cotangents: dict[Op, list[Array | None]] = {}  # of the Ops still to come: one slot for each output
-        queue: list[tuple[int, Op]] = []               # largest order first
-
-        def send(edge: Any, gradient: Array, sources: list[Array | None]) -> None:
-            if isinstance(edge, Tensor):
-                _accumulate(edge, gradient, sources)
-                return
-            op, index = edge
-            if op not in cotangents:
-                cotangents[op] = [None] * op.n_outputs
-                heapq.heappush(queue, (-op.order, op))
-            held = cotangents[op][index]
-            cotangents[op][index] = gradient if held is None else held + gradient
-
-        send(_edge(self), grad, [grad])
-        while queue:
-            op = heapq.heappop(queue)[1]
-            dys = cotangents.pop(op)
-            for edge, gradient in op.pull(dys, retain_graph):
-                send(edge, gradient, dys)
+        pullback(self, grad, retain_graph, _accumulate)
 
     # Python's signs and the array methods, each one Op of functions.py.
     def __add__(self, other: Any) -> Tensor:
@@ -240,6 +223,33 @@ class Tensor:
         return functions.transpose(self, axes or None)
 
 
+def pullback(y: Tensor, dy: Array, retain_graph: bool, deliver: Callable[[Tensor, Array, list[Array | None]], None]) -> None:
+    """Walk the graph of y backwards and call deliver(leaf, gradient, sources) for each gradient that arrives at a leaf.
+
+    It may arrive in several parts, to be added up; sources are the cotangents of the Op that it comes from.
+    """
+    cotangents: dict[Op, list[Array | None]] = {}      # of the Ops still to come: one slot for each output
+    queue: list[tuple[int, Op]] = []                   # largest order first
+
+    def send(edge: Any, gradient: Array, sources: list[Array | None]) -> None:
+        if isinstance(edge, Tensor):
+            deliver(edge, gradient, sources)
+            return
+        op, index = edge
+        if op not in cotangents:
+            cotangents[op] = [None] * op.n_outputs
+            heapq.heappush(queue, (-op.order, op))
+        held = cotangents[op][index]
+        cotangents[op][index] = gradient if held is None else kernels(held).add(held, gradient)
+
+    send(_edge(y), dy, [dy])
+    while queue:
+        op = heapq.heappop(queue)[1]
+        dys = cotangents.pop(op)
+        for edge, gradient in op.pull(dys, retain_graph):
+            send(edge, gradient, dys)
+
+
 def tensor(array: Any, requires_grad: bool = False) -> Tensor:
     """A Tensor on the current device, holding its own copy of `array`.
 
@@ -264,6 +274,11 @@ def unbroadcast(gradient: Array, shape: tuple[int, ...]) -> Array:
     gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape)))) if gradient.ndim > len(shape) else gradient
     stretched = tuple(i for i, (have, want) in enumerate(zip(gradient.shape, shape, strict=True)) if have != want == 1)
     return gradient.sum(axis=stretched, keepdims=True) if stretched else gradient
+
+
+def creation() -> int:
+    """A number larger than those of all Ops made so far, and smaller than those of all to come."""
+    return next(_order)
 
 
 def _edge(x: Tensor) -> Any:

@@ -10,6 +10,7 @@ divided by hand instead of `mean`; masks are -inf added to the scores; batched p
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .erf import erf
@@ -25,6 +26,20 @@ class Kernels:
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
+
+    # What runs side by side
+
+    def shards(self, n: int, size: int) -> list[slice]:
+        """How n rows, `size` elements in all, are best shared out to threads that each compute a part of a model on theirs."""
+        return [slice(0, n)]
+
+    def side_by_side(self, fn: Callable[[Any], None], items: Iterable[Any]) -> None:
+        """Call fn on each of the items, which do not depend on each other."""
+        for item in items:
+            fn(item)
+
+    def add(self, a: Array, b: Array) -> Array:
+        return a + b
 
     # Products
 

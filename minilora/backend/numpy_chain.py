@@ -16,7 +16,7 @@ from .memory import empty
 from .parallel import for_blocks, scratch, spans
 
 SMALL = 1 << 13       # elements that are not worth any machinery, and that BLAS by itself leaves to one thread
-BLOCK = 1 << 18       # elements of one array in a block; smaller ones lose more in calls than they gain
+BLOCK = 1 << 17       # elements of one array in a block; smaller ones lose more in calls than they gain
 
 
 def chain(formula: Callable[..., None], *arrays: Array, temporaries: int = 0, products: bool = False) -> None:

@@ -6,6 +6,7 @@ What each primitive means stands in generic.py, and the tests hold the two equal
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,33 @@ from .memory import empty, keep_freed_memory
 from .numpy_attention import exponentials
 from .numpy_chain import chain, like, rows
 from .numpy_formulas import BlockFormulas
-from .parallel import for_blocks, one_blas_thread, spans, workers
+from .parallel import for_blocks, one_blas_thread, spans, workers, working
 
 ALONE = 1 << 18       # multiply-adds of a product that BLAS by itself leaves to one thread
 PRODUCT = 1 << 21     # multiply-adds of a product below which one thread is as fast
 FEW = 32              # rows of a product below which its columns are shared out instead
 ROWS = 512            # rows of a product in a block
+SHARDS = 1 << 15      # elements of a model's input that are worth several threads
+LARGE = 1 << 17       # elements of a sum that are
 
 keep_freed_memory()
 
 
 class NumpyKernels(BlockFormulas):
     """Overrides for NumPy; more of them in numpy_formulas.py and numpy_attention.py."""
+
+    def shards(self, n: int, size: int) -> list[slice]:
+        return [slice(0, n)] if size < SHARDS or working() else spans(n, -(-n // workers()))
+
+    def side_by_side(self, fn: Callable[[Any], None], items: Iterable[Any]) -> None:
+        for_blocks(fn, items, products=True)
+
+    def add(self, a: Array, b: Array) -> Array:
+        if np.size(a) <= LARGE or np.shape(a) != np.shape(b) or not a.flags.c_contiguous or not b.flags.c_contiguous:
+            return a + b
+        y = empty(a.shape, np.result_type(a, b))
+        chain(lambda a, b, y: np.add(a, b, out=y), a.reshape(-1), b.reshape(-1), y.reshape(-1))
+        return y
 
     def matmul(self, a: Array, b: Array, ta: bool = False, tb: bool = False) -> Array:
         """a @ b on the last two axes, either one transposed first. Nothing is copied that BLAS can read as it lies."""

@@ -46,7 +46,7 @@ def for_blocks(fn: Callable[[Any], None], blocks: Iterable[Any], products: bool 
     exception of fn is raised here, after the other threads have stopped.
     """
     queue = deque(blocks)
-    if getattr(_own, "working", False):
+    if working():
         for block in queue:
             fn(block)
         return
@@ -59,6 +59,11 @@ def for_blocks(fn: Callable[[Any], None], blocks: Iterable[Any], products: bool 
             for future in futures:
                 if not future.cancel():  # cancelled if it never began: the helper is busy for another caller
                     future.result()
+
+
+def working() -> bool:
+    """Whether the caller is itself inside for_blocks."""
+    return getattr(_own, "working", False)
 
 
 def spans(n: int, size: int) -> list[slice]:

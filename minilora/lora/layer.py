@@ -53,6 +53,10 @@ class Adapter(Module):
     def __init__(self, layer: Linear | Embedding, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
         self.rng = rng
 
+    @property
+    def rowwise(self) -> bool:
+        return not (self.training and self.dropout)
+
     def adapted_weight(self, W: Tensor) -> Tensor:         # (out, in) -> (out, in); for an Embedding (V, D) -> (V, D)
         return W
 
@@ -79,6 +83,10 @@ class Adaptation(Module):
         self.enabled = True
         self.row_names: Sequence[str] | None = None        # for one forward pass: the adapter of each row of the batch
         self.saved: list[Array] | None = None              # the base's arrays, bit for bit, while adapters are merged
+
+    @property
+    def rowwise(self) -> bool:
+        return self.row_names is None
 
     def terms(self) -> list[tuple[Adapter, list[bool] | None]]:
         """The adapters at work now, and for a mixed batch the rows that use each."""

@@ -27,6 +27,10 @@ class Run:
     start: int = 0                           # positions already in the cache
     cache: list[KVCache] | None = None       # one entry a layer
 
+    def of(self, rows: slice) -> Run:
+        """The same for some rows of the batch."""
+        return Run(None if self.key_mask is None else self.key_mask[rows], self.start, self.cache)
+
 
 class KVCache:
     """The keys and values of one layer that were computed before, so that generating a token does not compute them again."""

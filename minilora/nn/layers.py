@@ -149,5 +149,9 @@ class Dropout(Module):
     def __init__(self, p: float, rng: np.random.Generator) -> None:
         self.p, self.rng = p, rng
 
+    @property
+    def rowwise(self) -> bool:
+        return not (self.training and self.p)
+
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p, self.rng) if self.training and self.p else x

@@ -30,6 +30,12 @@ class Module:
 
     training = True
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether it now treats every row of the batch by itself and draws no random numbers, so that threads may share the
+        rows out (its children not counted)."""
+        return True
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} defines no forward")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd import Tensor, tanh
-from ..backend import Array, device_of, host_rng, to_device, to_host
+from ..autograd import Tensor, in_shards, tanh
+from ..backend import Array, device_of, host_rng, kernels, to_device, to_host
 from .blocks import NORMS, Init, KVCache, Rope, Run, build_layer, unrotated
 from .config import TransformerConfig
 from .layers import Dropout, Embedding, Linear
@@ -89,9 +89,18 @@ class Transformer(Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         x = self.embed_dropout(x)
+        return in_shards(lambda x, rows: self._through(x, run.of(rows)), x, self._shards(x, run))
+
+    def _through(self, x: Tensor, run: Run) -> Tensor:             # (B, T, D) -> (B, T, D)
         for layer in self.layers:
             x = layer(x, run)
         return x if self.final_norm is None else self.final_norm(x)
+
+    def _shards(self, x: Tensor, run: Run) -> list[slice]:
+        """The rows of the batch, shared out to threads where that is worth while and nothing forbids it."""
+        shards = kernels(x.data).shards(len(x), x.size)
+        apart = run.cache is None and (len(shards) == 1 or all(module.rowwise for _, module in self.named_modules()))
+        return shards if apart else [slice(0, len(x))]
 
     def lm_logits(self, x: Tensor, mask: Any) -> Tensor:          # (B, T, D) -> (B, T, V)
         return self.head(x)

@@ -172,6 +172,8 @@ def plain_base(model: Any) -> Iterator[None]:
 class LoRAStack(Adapter):
     """K LoRA adapters on one layer: A (K, r_max, in), B (K, out, r_max), scales (K,). W'_k = W + s_k B_k A_k."""
 
+    rowwise = False                                                # the rows of a batch are K groups
+
     def __init__(self, adapters: Sequence[LoRA]) -> None:
         self.ranks = [a.lora_A.shape[0] for a in adapters]
         (r_max, K), first = (max(self.ranks), len(adapters)), adapters[0]
@@ -197,6 +199,8 @@ class LoRAStack(Adapter):
 
 class ReplacementStack(Adapter):
     """K whole layers in one place (a classifier that is trained with each adapter): weight (K, out, in), bias (K, 1, out)."""
+
+    rowwise = False                                                # the rows of a batch are K groups
 
     def __init__(self, adapters: Sequence[Replacement]) -> None:
         self.weight, self.bias = _stacked([a.weight for a in adapters]), None
