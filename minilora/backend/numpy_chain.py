@@ -45,8 +45,15 @@ def like(x: Array) -> Array:
     return empty(x.shape, x.dtype)
 
 
-def outer(a: Array, b: Array, out: Array) -> Array:                # (n,), (D,) -> (n, D)
-    """out[i, j] = a[i] b[j], by BLAS: NumPy's broadcasting costs a call for each row. (A single column would make it slow.)"""
-    columns, lines = np.zeros((len(a), 2), a.dtype), np.zeros((2, len(b)), b.dtype)
-    columns[:, 0], lines[0] = a, b
-    return np.matmul(columns, lines, out=out)
+def outer(a: Array, line: Array, out: Array) -> Array:             # (n,), (2, D) from `line` -> (n, D)
+    """out[i, j] = a[i] b[j] for line(b), by BLAS: NumPy's broadcasting costs a call for each row.
+
+    (One column would be slow.)
+    """
+    columns = np.zeros((len(a), 2), a.dtype)
+    columns[:, 0] = a
+    return np.matmul(columns, line, out=out)
+
+
+def line(b: Array) -> Array:                                       # (D,) -> (2, D), the second row zero
+    return np.stack([b, np.zeros_like(b)])

@@ -15,7 +15,7 @@ import numpy as np
 from .erf import TANH_POLYNOMIAL
 from .generic import Array
 from .numpy_attention import BlockAttention
-from .numpy_chain import chain, like, outer, rows
+from .numpy_chain import chain, like, line, outer, rows
 
 # Φ(x) = (1 + erf(x/√2))/2 ≈ (1 + tanh(x q(x²)))/2, with q from erf.py and the 1/√2 taken into its coefficients.
 NORMAL_CDF = tuple(c * 0.5 ** (i + 0.5) for i, c in enumerate(TANH_POLYNOMIAL))
@@ -132,14 +132,16 @@ class BlockFormulas(BlockAttention):
 def norm(x: Array, w: Array, b: Array | None, eps: float) -> tuple[Array, Array, Array]:
     """y = (x - μ) ⊙ ρ w + b, the centred x - μ, and ρ. Without b it is an RMS norm: μ = 0, and x itself is returned."""
     y, c, rho = like(x), x if b is None else like(x), np.empty(x.shape[:-1], x.dtype)
-    ones, share = np.ones(x.shape[-1], x.dtype), 1.0 / x.shape[-1]
+    share, mean, ones, scale = averaging(x, w)
 
     def formula(x, y, c, rho):
         if b is not None:
-            np.subtract(x, outer(share * (x @ ones), ones, out=y), out=c)
-        np.sqrt(share * row_dot(c, c) + eps, out=rho)
+            np.subtract(x, outer(x @ mean, ones, out=y), out=c)
+        np.multiply(row_dot(c, c), share, out=rho)
+        rho += eps
+        np.sqrt(rho, out=rho)
         np.divide(1.0, rho, out=rho)
-        np.multiply(c, outer(rho, w, out=y), out=y)
+        np.multiply(c, outer(rho, scale, out=y), out=y)
         if b is not None:
             y += b
 
@@ -149,17 +151,27 @@ def norm(x: Array, w: Array, b: Array | None, eps: float) -> tuple[Array, Array,
 
 def norm_grad(dy: Array, c: Array, rho: Array, w: Array, centred: bool) -> Array:
     """ρ (g - mean g) - c ρ³ mean(g ⊙ c) with g = ȳ ⊙ w and c = x - μ; without mean g for an RMS norm."""
-    dx, ones, share = like(dy), np.ones(dy.shape[-1], dy.dtype), 1.0 / dy.shape[-1]
+    dx = like(dy)
+    _, mean, ones, scale = averaging(dy, w)
+    mean = mean * w
 
     def formula(t, dy, c, rho, dx):
-        along = np.multiply(dy, c, out=t) @ w                      # Σ g ⊙ c
-        np.multiply(dy, outer(rho, w, out=dx), out=dx)
-        dx -= np.multiply(c, outer(share * along * (rho * rho * rho), ones, out=t), out=t)
+        along = np.multiply(dy, c, out=t) @ mean                   # mean(g ⊙ c)
+        for _ in range(3):
+            along *= rho
+        np.multiply(dy, outer(rho, scale, out=dx), out=dx)
+        dx -= np.multiply(c, outer(along, ones, out=t), out=t)
         if centred:
-            dx -= outer(share * (dy @ w) * rho, ones, out=t)
+            dx -= outer((dy @ mean) * rho, ones, out=t)
 
     chain(formula, rows(dy), rows(c), rho.reshape(-1), rows(dx), temporaries=1, products=True)
     return dx
+
+
+def averaging(x: Array, w: Array) -> tuple[float, Array, Array, Array]:
+    """1/D, the vector whose product with a row is its mean, and `line` of ones and of w."""
+    D = x.shape[-1]
+    return 1.0 / D, np.full(D, 1.0 / D, x.dtype), line(np.ones(D, x.dtype)), line(w.astype(x.dtype, copy=False))
 
 
 def row_dot(x: Array, y: Array) -> Array:                          # (n, D) twice -> (n,)
