@@ -82,6 +82,15 @@ def test_cross_entropy(device, rows, V, groups, seed, smoothing, ignored):
     options = {"ignore_index": ignored, "label_smoothing": smoothing, "groups": groups}
     assert_twins(lambda x: ag.cross_entropy(x, targets, **options), lambda x: composed.cross_entropy(x, targets, **options),
                  rng.standard_normal((*lead, V)))
+    W = rng.standard_normal((V, 3))
+    assert_twins(lambda x: ag.linear_cross_entropy(x, tensor(W.astype(x.dtype)), targets, **options),
+                 lambda x: composed.cross_entropy(ag.linear(x, tensor(W.astype(x.dtype))), targets, **options),
+                 rng.standard_normal((*lead, 3)))
+
+
+def test_a_head_that_is_trained_needs_its_logits():
+    with pytest.raises(ValueError, match=r"use cross_entropy\(linear\(x, W\), …\)"):
+        ag.linear_cross_entropy(tensor(np.ones((2, 3))), tensor(np.ones((4, 3)), requires_grad=True), [0, 1])
 
 
 def test_rows_that_do_not_count_have_no_gradient_and_change_nothing(device):

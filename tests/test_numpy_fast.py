@@ -147,6 +147,15 @@ def test_cross_entropy(smoothing, shape, threads):
     agree("cross_entropy_grad", logits, lse, targets, weights, smoothing)
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+def test_linear_cross_entropy(gradient, threads, monkeypatch):
+    r = np.random.default_rng(0)
+    for n, D, V, block in ((1, 1, 1, 1), (7, 5, 4, 8), (40, 3, 11, 50), (9, 3, 200, 20)):
+        monkeypatch.setattr(numpy_fast, "LOGITS", block)
+        agree("linear_cross_entropy", r.standard_normal((n, D)), r.standard_normal((V, D)), r.integers(-1, V, n),
+              r.standard_normal(n), exactly=(0.1, gradient))
+
+
 def test_add(x, threads):
     agree("add", x, like(x))
     agree("add", x, like(x)[..., :1])                              # broadcast

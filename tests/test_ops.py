@@ -22,7 +22,7 @@ from minilora import autograd as ag
 from minilora.autograd import GradcheckError, Op, Tensor, gradcheck, tensor
 from minilora.autograd.linear import LoRALinear
 from minilora.autograd.shaping import Dropout, RowBlocks
-from minilora.backend import array_module, get_device, to_device, to_host
+from minilora.backend import array_module, device_of, get_device, to_device, to_host
 
 _rng = np.random.default_rng(1)
 
@@ -53,6 +53,9 @@ def reductions(fn: Callable[..., Any]) -> list[Case]:
         ((2, 3, 4), (-1, 1)), ((2, 3, 2), (0, 1, 2))]
     return [Case(f"{shape} axis={axis} keepdims={keep}", lambda x, axis=axis, keep=keep: fn(x, axis, keep), (normal(*shape),))
             for shape, axis in forms for keep in (False, True)]
+
+
+HEAD = normal(5, 2)                                                # a frozen weight (V, D)
 
 
 def take(label: str, shape: tuple[int, ...], index: Any) -> Case:
@@ -284,6 +287,14 @@ CASES: dict[str, list[Case]] = {
                + [Case("far from 0", lambda x: ag.softmax(x + 1000.0), (normal(2, 3),))],
     "LogSoftmax": [Case(f"{s}", ag.log_softmax, (normal(*s),)) for s in ((3, 5), (1, 1), (4,), (2, 1, 3))]
                   + [Case("far from 0", lambda x: ag.log_softmax(x - 1000.0), (normal(2, 3),))],
+    "LinearCrossEntropy": [
+        Case(label, lambda x, classes=classes, options=options: ag.linear_cross_entropy(
+            x, to_device(HEAD.astype(x.dtype), device_of(x.data).name), classes, **options), (normal(*shape),))
+        for label, shape, classes, options in (
+            ("rows", (3, 2), [2, 0, 4], {}), ("0-d", (2,), 1, {}), ("ignored", (2, 2, 2), [[2, -100], [-100, 1]], {}),
+            ("smoothing", (3, 2), [2, -100, 1], {"label_smoothing": 0.3}),
+            ("groups", (2, 2, 2), [[2, -100], [0, 1]], {"groups": 2, "label_smoothing": 0.1}))
+    ],
     "CrossEntropy": [
         Case("rows", lambda x: ag.cross_entropy(x, [2, 0, 2]), (normal(3, 4),)),
         Case("one class", lambda x: ag.cross_entropy(x, [0, 0]), (normal(2, 1),)),

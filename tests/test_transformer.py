@@ -13,6 +13,7 @@ from composed import softmax
 
 from minilora.autograd import Op, Tensor, cross_entropy, gradcheck, no_grad, tensor
 from minilora.backend import get_device, to_device, to_host
+from minilora.lora import LoraConfig, add_adapter
 from minilora.nn import Transformer, TransformerConfig, generate
 from minilora.nn.generate import choose, stream
 
@@ -599,3 +600,29 @@ def test_a_config_is_complete_and_survives_a_round_trip():
         TransformerConfig(13, 12, 2, 3)                        # keyword-only
     cfg = TransformerConfig(**SIZES)
     assert (cfg.n_kv_heads, cfg.d_ff, cfg.head_dim, cfg.bias, cfg.qkv_bias, cfg.head) == (3, 48, 4, True, True, "lm")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert-sequence", "bert-token"])
+def test_loss_is_the_cross_entropy_of_the_logits(name, device, rng):
+    """Whatever the head, frozen (then the logits are never whole), adapted or trained."""
+    cfg = FORMS[name]
+    model = Transformer(cfg, seed=0, dtype="float64")
+    ids = rng.integers(0, cfg.vocab_size, (3, 4))
+    shape, classes = (ids.shape, cfg.vocab_size) if cfg.n_labels is None else (
+        (3,) if cfg.head == "sequence" else ids.shape, cfg.n_labels)
+    targets, mask = rng.integers(0, classes, shape), np.ones((3, 4), np.int64)
+    mask[1, 2:] = 0
+    for prepare in (model.freeze, lambda: add_adapter(model, LoraConfig(r=2, target_modules=["q_proj"])), model.unfreeze):
+        prepare()
+        want = cross_entropy(model(ids, attention_mask=mask), targets, label_smoothing=0.1)
+        loss = model.loss(ids, targets, attention_mask=mask, label_smoothing=0.1)
+        assert loss.item() == pytest.approx(want.item(), rel=1e-13)
+        if loss.requires_grad:
+            gradients = []
+            for value in (want, loss):
+                model.zero_grad()
+                value.backward()
+                gradients.append({n: to_host(p.grad) for n, p in model.named_parameters() if p.grad is not None})
+            assert gradients[0].keys() == gradients[1].keys()
+            for key in gradients[0]:
+                np.testing.assert_allclose(gradients[1][key], gradients[0][key], rtol=1e-10, atol=1e-13)

@@ -15,6 +15,7 @@ from .functions import (
     getitem,
     layer_norm,
     linear,
+    linear_cross_entropy,
     log,
     log_softmax,
     lora_linear,
@@ -45,6 +46,7 @@ from .tensor import Op, Tensor, no_grad, tensor
 
 __all__ = ["GradcheckError", "Op", "Tensor", "add", "attention", "concatenate", "cross_entropy", "divide", "dropout",
            "embedding", "exp", "feed_forward", "gelu", "gelu_tanh", "getitem", "gradcheck", "in_shards", "layer_norm", "linear",
+           "linear_cross_entropy",
            "log", "log_softmax", "lora_linear", "matmul", "max", "mean", "multiply", "negate", "no_grad", "power", "reshape",
            "rms_norm", "rotary", "silu", "softmax", "split", "sqrt", "stack", "subtract", "sum", "swiglu", "tanh", "tensor",
            "transpose", "where"]

@@ -207,23 +207,39 @@ def cross_entropy(logits: Any, targets: Any, *, ignore_index: int = -100, label_
     rows are K equal groups, each with its own mean -> (K,). Raises IndexError for a target outside 0..V-1, ValueError if
     the shapes do not fit or no target counts.
     """
+    V = logits.shape[-1]
+    op = _cross_entropy(fused.CrossEntropy, logits, V, targets, ignore_index, label_smoothing, groups)
+    return op(logits.reshape(-1, V))
+
+
+def linear_cross_entropy(x: Any, W: Any, targets: Any, *, ignore_index: int = -100, label_smoothing: float = 0.0,
+                         groups: int | None = None) -> Tensor:
+    """cross_entropy(linear(x, W), targets) for a frozen W, without an array of all logits: x (..., D), W (V, D) -> ().
+
+    Arguments and errors as for `cross_entropy`; ValueError if W requires a gradient.
+    """
+    op = _cross_entropy(fused.LinearCrossEntropy, x, W.shape[0], targets, ignore_index, label_smoothing, groups)
+    return op(x.reshape(-1, x.shape[-1]), W)
+
+
+def _cross_entropy(kind: Any, x: Any, V: int, targets: Any, ignore_index: int, label_smoothing: float,
+                   groups: int | None) -> Any:
+    """The op, after its targets were checked on the host; x has a row (..., any) for each target."""
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing {label_smoothing}, expected 0 <= label_smoothing <= 1")
-    V = logits.shape[-1]
     host = to_host(targets)
-    if host.shape != tuple(logits.shape[:-1]):
-        raise ValueError(f"targets of shape {host.shape}, expected the logits' without the last axis, {logits.shape[:-1]}")
+    if host.shape != tuple(x.shape[:-1]):
+        raise ValueError(f"targets of shape {host.shape}, expected the logits' without the last axis, {x.shape[:-1]}")
     host = host.reshape(-1)
     counted = host != ignore_index
-    check_ids(host[counted], V, logits)
+    check_ids(host[counted], V, x)
     counts = counted.reshape(groups or 1, -1).sum(axis=1, keepdims=True)
     if not counts.all():
         raise ValueError(f"no target counts: all are ignore_index ({ignore_index}); is there a label in every batch?")
     weights = (counted.reshape(groups or 1, -1) / counts).reshape(-1)
-    device = device_of(logits.data if isinstance(logits, Tensor) else logits).name
-    op = fused.CrossEntropy(to_device(host.astype("int64"), device), to_device(weights.astype(logits.dtype), device),
-                            float(label_smoothing), groups)
-    return op(logits.reshape(-1, V))
+    device = device_of(x.data if isinstance(x, Tensor) else x).name
+    return kind(to_device(host.astype("int64"), device), to_device(weights.astype(x.dtype), device), float(label_smoothing),
+                groups)
 
 
 def layer_norm(x: Any, w: Any, b: Any, eps: float = 1e-5) -> Tensor:

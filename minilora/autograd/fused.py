@@ -69,6 +69,32 @@ class CrossEntropy(Op):
         return kernels(logits).cross_entropy_grad(logits, lse, self.targets, weights, self.label_smoothing)
 
 
+class LinearCrossEntropy(Op):
+    """CrossEntropy of the logits x Wᵀ for a frozen W (V, D), as one op, so that the (N, V) logits never lie in memory at once.
+
+    x̄_n = w_n (p_n - q_n) W ȳ is a number ȳ times what the logits say. So it is worked out without ȳ in the forward pass, while
+    a block's logits are there, and only that (N, D) array is kept.
+    """
+
+    def __init__(self, targets: Any, weights: Any, label_smoothing: float = 0.0, groups: int | None = None) -> None:
+        self.targets, self.weights = targets, weights           # as for CrossEntropy
+        self.label_smoothing, self.groups = label_smoothing, groups
+
+    def forward(self, x, W):                                    # (N, D), (V, D) -> () or (K,)
+        if self.needs[1]:
+            raise ValueError("LinearCrossEntropy with a weight that requires a gradient: use cross_entropy(linear(x, W), …)")
+        losses, dx = kernels(x).linear_cross_entropy(x, W, self.targets, self.weights, self.label_smoothing, self.needs[0])
+        self.keep(dx)
+        weighted = losses * self.weights
+        return weighted.sum() if self.groups is None else weighted.reshape(self.groups, -1).sum(axis=1)
+
+    def backward(self, dy):                                     # () or (K,) -> (N, D)
+        dx = self.kept
+        if self.groups is None:
+            return dx * dy, None
+        return (dx.reshape(self.groups, -1, dx.shape[-1]) * dy[:, None, None]).reshape(dx.shape), None
+
+
 class LayerNorm(Op):
     """y = w ⊙ x̂ + b,   x̂ = (x - μ) ρ,   ρ = 1/√(var x + ε), over the last axis (Ba et al. 2016, arXiv:1607.06450).
 

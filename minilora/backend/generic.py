@@ -108,6 +108,15 @@ class Kernels:
         p *= weights[:, None]
         return p
 
+    def linear_cross_entropy(self, x: Array, W: Array, targets: Array, weights: Array, smoothing: float, gradient: bool,
+                             ) -> tuple[Array, Array | None]:
+        """Loss of every row for the logits x Wᵀ, and if asked for weights ⊙ (p - q) W."""
+        logits = self.matmul(x, W, tb=True)
+        losses, lse = self.cross_entropy(logits, targets, smoothing)
+        if not gradient:
+            return losses, None
+        return losses, self.matmul(self.cross_entropy_grad(logits, lse, targets, weights, smoothing), W)
+
     def _inside(self, targets: Array, V: int) -> Array:
         return targets * ((targets >= 0) & (targets < V))
 

@@ -24,6 +24,7 @@ FEW = 32              # rows of a product below which its columns are shared out
 ROWS = 512            # rows of a product in a block
 SHARDS = 1 << 15      # elements of a model's input that are worth several threads
 LARGE = 1 << 17       # elements of a sum that are
+LOGITS = 1 << 23      # logits in a block of rows
 
 keep_freed_memory()
 
@@ -157,6 +158,19 @@ class NumpyKernels(BlockFormulas):
 
         chain(formula, logits, lse, self._inside(targets, V), weights, p)
         return p
+
+    def linear_cross_entropy(self, x: Array, W: Array, targets: Array, weights: Array, smoothing: float, gradient: bool,
+                             ) -> tuple[Array, Array | None]:
+        losses, dx = np.empty(len(x), x.dtype), like(x) if gradient else None
+
+        def part(block: slice) -> None:
+            logits = np.matmul(x[block], W.T, out=empty((block.stop - block.start, len(W)), x.dtype))
+            losses[block], lse = self.cross_entropy(logits, targets[block], smoothing)
+            if dx is not None:
+                np.matmul(self.cross_entropy_grad(logits, lse, targets[block], weights[block], smoothing), W, out=dx[block])
+
+        for_blocks(part, spans(len(x), min(LOGITS // len(W), -(-len(x) // workers()))), products=True)
+        return losses, dx
 
     # Tables and optimisers
 

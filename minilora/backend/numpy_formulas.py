@@ -150,19 +150,18 @@ def norm(x: Array, w: Array, b: Array | None, eps: float) -> tuple[Array, Array,
 
 
 def norm_grad(dy: Array, c: Array, rho: Array, w: Array, centred: bool) -> Array:
-    """ρ (g - mean g) - c ρ³ mean(g ⊙ c) with g = ȳ ⊙ w and c = x - μ; without mean g for an RMS norm."""
+    """ρ g - mean(ρ g) - c ρ² mean(ρ g ⊙ c) with g = ȳ ⊙ w and c = x - μ; an RMS norm has no mean(ρ g)."""
     dx = like(dy)
     _, mean, ones, scale = averaging(dy, w)
-    mean = mean * w
 
     def formula(t, dy, c, rho, dx):
-        along = np.multiply(dy, c, out=t) @ mean                   # mean(g ⊙ c)
-        for _ in range(3):
-            along *= rho
-        np.multiply(dy, outer(rho, scale, out=dx), out=dx)
-        dx -= np.multiply(c, outer(along, ones, out=t), out=t)
+        np.multiply(dy, outer(rho, scale, out=dx), out=dx)         # ρ g
+        along = np.multiply(dx, c, out=t) @ mean
+        along *= rho
+        along *= rho                                               # ρ² mean(ρ g ⊙ c)
         if centred:
-            dx -= outer((dy @ mean) * rho, ones, out=t)
+            dx -= outer(dx @ mean, ones, out=t)
+        dx -= np.multiply(c, outer(along, ones, out=t), out=t)
 
     chain(formula, rows(dy), rows(c), rho.reshape(-1), rows(dx), temporaries=1, products=True)
     return dx

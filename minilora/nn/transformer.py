@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd import Tensor, in_shards, tanh
+from ..autograd import Tensor, cross_entropy, in_shards, linear_cross_entropy, tanh
 from ..backend import Array, device_of, host_rng, kernels, to_device, to_host
 from .blocks import NORMS, Init, KVCache, Rope, Run, build_layer, unrotated
 from .config import TransformerConfig
@@ -65,6 +65,20 @@ class Transformer(Module):
         with self._rows_use(adapter_names, ids):
             x = self.hidden(ids, attention_mask=attention_mask, token_type_ids=token_type_ids, cache=cache)
             return self.answer(x, attention_mask)
+
+    def loss(self, ids: Any, targets: Any, *, ignore_index: int = -100, label_smoothing: float = 0.0, groups: int | None = None,
+             attention_mask: Any = None, token_type_ids: Any = None, adapter_names: Sequence[str] | None = None) -> Tensor:
+        """cross_entropy(model(ids), targets): () or, for K groups of rows, (K,). Does not shift.
+
+        The same number, but under a frozen language-model head the array of all logits (B, T, V) is never made. Arguments and
+        errors as in calling the model and as for `cross_entropy`.
+        """
+        counting: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "groups": groups}
+        with self._rows_use(adapter_names, ids):
+            x = self.hidden(ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+            if self.head is not None and self.head.plain and not self.head.weight.requires_grad:
+                return linear_cross_entropy(x, self.head.weight, targets, **counting)
+            return cross_entropy(self.answer(x, attention_mask), targets, **counting)
 
     def hidden(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None,
                cache: list[KVCache] | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from tqdm.std import tqdm
 from ..autograd import Tensor, cross_entropy, no_grad
 from ..backend import Array, array_module, to_host
 from ..lora.model import adaptations
-from ..nn import Module
+from ..nn import Module, Transformer
 from .checkpoint import generator_states, load_checkpoint, load_generator_states, load_parameters, save_checkpoint
 from .optim import AdamW, clip_grad_norm
 from .schedule import SCHEDULES, schedule
@@ -317,9 +317,12 @@ def as_dict(batch: Batch) -> dict[str, Any]:
 
 def model_loss(model: Any, batch: Batch, config: TrainConfig, groups: int | None = None) -> Tensor:
     """Mean cross-entropy of the model on a batch: () or, for K groups of rows, (K,)."""
+    counting: Any = {"ignore_index": config.ignore_index, "label_smoothing": config.label_smoothing, "groups": groups}
+    if isinstance(model, Transformer):
+        inputs = dict(as_dict(batch))
+        return model.loss(inputs.pop("ids"), inputs.pop("targets"), **inputs, **counting)
     logits, targets = logits_and_targets(model, batch)
-    return cross_entropy(logits, targets, ignore_index=config.ignore_index, label_smoothing=config.label_smoothing,
-                         groups=groups)
+    return cross_entropy(logits, targets, **counting)
 
 
 def logits_and_targets(model: Any, batch: Batch) -> tuple[Tensor, Any]:
