@@ -258,6 +258,14 @@ CASES: dict[str, list[Case]] = {
         Case("rows as they are", lambda x: ag.in_shards(lambda x, rows: x, x, [slice(0, 2), slice(2, 4)]), (normal(4, 2),)),
         *(Case(f"frozen {f}", lambda x, a: ag.in_shards(lambda x, rows: ag.exp(x) * a, x, [slice(0, 2), slice(2, 5)]),
                (normal(5, 2), normal(2)), f) for f in ((0,), (1,)))],
+    "Recomputed": [
+        Case("two leaves", lambda x, a, b: ag.recomputed(lambda x: ag.tanh(x * a) * b + a, x),
+             (normal(3, 2), normal(2), normal(2))),
+        Case("x as it is", lambda x: ag.recomputed(lambda x: x, x), (normal(2, 3),)),
+        Case("within itself", lambda x, a: ag.recomputed(lambda x: ag.recomputed(lambda x: ag.exp(x) * a, x) * x, x),
+             (normal(2, 3), normal(3))),
+        *(Case(f"frozen {f}", lambda x, a: ag.recomputed(lambda x: ag.exp(x) * a, x), (normal(5, 2), normal(2)), f)
+          for f in ((0,), (1,)))],
     "FeedForward": [
         *(Case(name, feed(name), (normal(2, 3, 2), normal(4, 2), normal(4), normal(3, 4), normal(3)))
           for name in ("gelu", "gelu_tanh", "silu")),

@@ -41,12 +41,11 @@ from .functions import (
     where,
 )
 from .gradcheck import GradcheckError, gradcheck
-from .shards import in_shards
+from .segments import in_shards, recomputed
 from .tensor import Op, Tensor, no_grad, tensor
 
 __all__ = ["GradcheckError", "Op", "Tensor", "add", "attention", "concatenate", "cross_entropy", "divide", "dropout",
            "embedding", "exp", "feed_forward", "gelu", "gelu_tanh", "getitem", "gradcheck", "in_shards", "layer_norm", "linear",
-           "linear_cross_entropy",
-           "log", "log_softmax", "lora_linear", "matmul", "max", "mean", "multiply", "negate", "no_grad", "power", "reshape",
-           "rms_norm", "rotary", "silu", "softmax", "split", "sqrt", "stack", "subtract", "sum", "swiglu", "tanh", "tensor",
-           "transpose", "where"]
+           "linear_cross_entropy", "log", "log_softmax", "lora_linear", "matmul", "max", "mean", "multiply", "negate",
+           "no_grad", "power", "recomputed", "reshape", "rms_norm", "rotary", "silu", "softmax", "split", "sqrt", "stack",
+           "subtract", "sum", "swiglu", "tanh", "tensor", "transpose", "where"]

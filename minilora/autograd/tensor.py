@@ -28,7 +28,14 @@ _order = itertools.count()
 @contextmanager
 def no_grad() -> Iterator[None]:
     """Inside this block no graph is recorded: results have requires_grad=False and nothing is kept for a backward pass."""
-    token = _grad_enabled.set(False)
+    with recording(False):
+        yield
+
+
+@contextmanager
+def recording(enabled: bool = True) -> Iterator[None]:
+    """Inside this block a graph is recorded, or not."""
+    token = _grad_enabled.set(enabled)
     try:
         yield
     finally:

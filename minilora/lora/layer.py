@@ -54,7 +54,7 @@ class Adapter(Module):
         self.rng = rng
 
     @property
-    def rowwise(self) -> bool:
+    def repeatable(self) -> bool:
         return not (self.training and self.dropout)
 
     def adapted_weight(self, W: Tensor) -> Tensor:         # (out, in) -> (out, in); for an Embedding (V, D) -> (V, D)
@@ -85,7 +85,7 @@ class Adaptation(Module):
         self.saved: list[Array] | None = None              # the base's arrays, bit for bit, while adapters are merged
 
     @property
-    def rowwise(self) -> bool:
+    def repeatable(self) -> bool:
         return self.row_names is None
 
     def terms(self) -> list[tuple[Adapter, list[bool] | None]]:

@@ -150,7 +150,7 @@ class Dropout(Module):
         self.p, self.rng = p, rng
 
     @property
-    def rowwise(self) -> bool:
+    def repeatable(self) -> bool:
         return not (self.training and self.p)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,10 +31,14 @@ class Module:
     training = True
 
     @property
-    def rowwise(self) -> bool:
-        """Whether it now treats every row of the batch by itself and draws no random numbers, so that threads may share the
-        rows out (its children not counted)."""
+    def repeatable(self) -> bool:
+        """Whether a second call would do the same (its children not counted): no random numbers, nothing set for one pass."""
         return True
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether, besides, every row of the batch is treated by itself, so that threads may share the rows out."""
+        return self.repeatable
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} defines no forward")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ..autograd import Tensor, cross_entropy, in_shards, linear_cross_entropy, tanh
+from ..autograd import Tensor, cross_entropy, in_shards, linear_cross_entropy, recomputed, tanh
 from ..backend import Array, device_of, host_rng, kernels, to_device, to_host
 from .blocks import NORMS, Init, KVCache, Rope, Run, build_layer, unrotated
 from .config import TransformerConfig
@@ -23,7 +24,12 @@ class Transformer(Module):
     layers.{i}.mlp.{up,down,gate}_proj, layers.{i}.{attn,mlp}_norm, final_norm, head, pooler, classifier.
 
     seed: of the initial weights and of dropout, drawn on the host. dtype: "float32" to train, "float64" to check.
+
+    recompute: set it to True to save memory: of each layer only the input is kept, and backward computes its activations
+    again (a third more time). Not with dropout, whose masks would differ: ValueError.
     """
+
+    recompute = False
 
     def __init__(self, cfg: TransformerConfig, seed: int = 0, dtype: str = "float32") -> None:
         self.cfg = cfg
@@ -106,14 +112,18 @@ class Transformer(Module):
         return in_shards(lambda x, rows: self._through(x, run.of(rows)), x, self._shards(x, run))
 
     def _through(self, x: Tensor, run: Run) -> Tensor:             # (B, T, D) -> (B, T, D)
+        again = self.recompute and run.cache is None
+        if again and not all(module.repeatable for _, module in self.named_modules()):
+            raise ValueError("recompute with dropout or adapter_names: a second pass would not do the same; use model.eval(), "
+                             "dropout 0, or recompute = False")
         for layer in self.layers:
-            x = layer(x, run)
+            x = recomputed(partial(layer, run=run), x) if again else layer(x, run)
         return x if self.final_norm is None else self.final_norm(x)
 
     def _shards(self, x: Tensor, run: Run) -> list[slice]:
         """The rows of the batch, shared out to threads where that is worth while and nothing forbids it."""
         shards = kernels(x.data).shards(len(x), x.size)
-        apart = run.cache is None and (len(shards) == 1 or all(module.rowwise for _, module in self.named_modules()))
+        apart = len(shards) == 1 or (run.cache is None and all(module.rowwise for _, module in self.named_modules()))
         return shards if apart else [slice(0, len(x))]
 
     def lm_logits(self, x: Tensor, mask: Any) -> Tensor:          # (B, T, D) -> (B, T, V)

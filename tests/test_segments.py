@@ -1,8 +1,10 @@
-"""A model whose batch is shared out to threads gives the numbers of one that is not, and only where rows are independent."""
+"""A model whose batch is shared out to threads, or whose activations are computed again, gives the same numbers; and is refused
+where it would not."""
 
 from __future__ import annotations
 
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -137,3 +139,51 @@ def test_shards_run_in_threads_and_an_exception_comes_out(three_threads):
     assert len(names) == 2
     with pytest.raises(ZeroDivisionError):
         ag.in_shards(lambda x, rows: x * (1 / rows.start), ml.tensor(np.zeros(4)), [slice(0, 2), slice(2, 4)])
+
+
+# Computed again
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_computing_again_changes_no_number(form, shards, three_threads, monkeypatch):
+    monkeypatch.setattr(numpy_fast, "SHARDS", 0 if shards == 3 else 1 << 30)
+    model = adapted_model(FORMS[form], ["q_proj", "v_proj", "down_proj"])
+    want, wanted = step(model)
+    model.recompute = True
+    logits, gradients = step(model)
+    assert_array_equal(logits, want)
+    assert gradients.keys() == wanted.keys()
+    for name in wanted:
+        assert_array_equal(gradients[name], wanted[name], err_msg=name)
+
+
+def test_computing_again_saves_memory():
+    """Eight layers: their inputs and the activations of one, instead of those of all."""
+    cfg = ml.TransformerConfig.gpt2(vocab_size=11, d_model=64, n_layers=8, n_heads=2, max_len=64)
+    model = ml.Transformer(cfg)
+    ml.add_adapter(model, ml.LoraConfig(r=2, target_modules=["q_proj"]))
+    peaks = []
+    for model.recompute in (False, True):
+        tracemalloc.start()
+        model.loss(np.zeros((4, 64), np.int64), np.zeros((4, 64), np.int64)).backward()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 0.4 * peaks[0]
+
+
+def test_what_would_differ_is_not_computed_again():
+    ids = np.zeros((2, 4), np.int64)
+    model = adapted_model(FORMS["gpt2"], ["q_proj"], dropout=0.5)
+    model.recompute = True
+    with pytest.raises(ValueError, match="recompute with dropout or adapter_names"):
+        model(ids)
+    model.eval()
+    with pytest.raises(ValueError, match="recompute with dropout or adapter_names"):
+        model(ids, adapter_names=["default", "__base__"])
+    logits = model(ids)
+    with ml.disable_adapter(model), pytest.raises(RuntimeError, match="other parameters than the first; was an adapter"):
+        logits.backward(np.ones(logits.shape))
+    with ml.no_grad():
+        assert_array_equal(model(ids).data, logits.data)
+        model(ids, cache=model.new_cache())

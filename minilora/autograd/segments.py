@@ -1,7 +1,10 @@
-"""A part of a model computed on several shards of the batch side by side, each in its own thread, as one Op.
+"""A segment of a model as one Op with graphs of its own inside: shared out to threads, or computed again in backward.
 
-The rows of a batch meet nowhere in a model, only in the gradients of its parameters, which add up. So each shard has a graph
-of its own, forward and backward, and the threads wait for each other only at the two ends, not after every operation.
+Shards: the rows of a batch meet nowhere in a model, only in the gradients of its parameters, which add up. So each shard has
+a graph of its own, forward and backward, and the threads wait for each other only at the two ends, not after every operation.
+
+Recomputed: a segment's graph is thrown away after the forward pass and made again in backward, so that of all segments only
+one at a time has its activations in memory (Chen et al. 2016, arXiv:1604.06174).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..backend import array_module, kernels
-from .tensor import Op, Tensor, creation, pullback
+from .tensor import Op, Tensor, creation, pullback, recording
 
 
 def in_shards(fn: Callable[[Tensor, slice], Tensor], x: Tensor, shards: list[slice]) -> Tensor:
@@ -51,14 +54,46 @@ class Shards(Op):
         gradients: list[dict[Tensor, Any]] = [{} for _ in self.shards]
 
         def run(i: int) -> None:
-            def deliver(leaf: Tensor, gradient: Any, sources: Any) -> None:
-                gradients[i][leaf] = gradients[i][leaf] + gradient if leaf in gradients[i] else gradient
-
-            pullback(outputs[i], dy[self.shards[i]], self.retained, deliver)
+            pullback(outputs[i], dy[self.shards[i]], self.retained, adding_to(gradients[i]))
 
         kernels(dy).side_by_side(run, range(len(self.shards)))
         dx = array_module(dy).concatenate([g[x] for g, x in zip(gradients, inputs)]) if self.needs[0] else None
         return dx, *(total([g[leaf] for g in gradients if leaf in g]) for leaf in leaves)
+
+
+def recomputed(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """fn(x), keeping nothing but x for backward, where fn runs once more. fn must do the same both times: no random numbers.
+
+    fn must use no tensors of a graph but x (parameters and other leaves it may): RuntimeError if it does.
+    """
+    since = creation()
+    own = Tensor(x.data, x.requires_grad)
+    y = fn(own)
+    leaves = [leaf for leaf in leaves_of([y], since) if leaf is not own]
+    return Recomputed(fn, y.data, leaves)(x, *leaves)
+
+
+class Recomputed(Op):
+    """y = f(x).   x̄ and the gradients of the leaves are the pullback of ȳ through the graph of a second run of f."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor], y: Any, leaves: list[Tensor]) -> None:
+        self.fn, self.y, self.leaves = fn, y, leaves
+
+    def forward(self, x, *leaves):                              # (n, ...) -> (n, ...)
+        y, self.y = self.y, None
+        self.keep(x)
+        return y
+
+    def backward(self, dy):
+        x = Tensor(self.kept, self.needs[0])
+        gradients: dict[Tensor, Any] = {}
+        with recording():                                       # whatever backward was called in
+            y = self.fn(x)
+        pullback(y, dy, False, adding_to(gradients))
+        if gradients.keys() - {x} != set(self.leaves):
+            raise RuntimeError("recomputed: the second run of the function used other parameters than the first; was an "
+                               "adapter switched on or off, or frozen, between the forward pass and backward?")
+        return gradients[x] if self.needs[0] else None, *(gradients[leaf] for leaf in self.leaves)
 
 
 def total(arrays: list[Any]) -> Any:
@@ -66,6 +101,13 @@ def total(arrays: list[Any]) -> Any:
     for array in arrays[1:]:
         result = result + array
     return result
+
+
+def adding_to(gradients: dict[Tensor, Any]) -> Callable[[Tensor, Any, Any], None]:
+    """What `pullback` does with a gradient that arrives at a leaf: add it up here, and not in the leaf's own `grad`."""
+    def deliver(leaf: Tensor, gradient: Any, sources: Any) -> None:
+        gradients[leaf] = gradients[leaf] + gradient if leaf in gradients else gradient
+    return deliver
 
 
 def leaves_of(tensors: list[Tensor], since: int) -> list[Tensor]:
