@@ -26,7 +26,7 @@ from ..backend.parallel import workers
 from ..studies.common import writable_folder, write_json
 from .cases import CASES, QUICK, Case
 from .report import table
-from .worker import worker
+from .worker import started
 
 __all__ = ["CASES", "QUICK", "Case", "compare", "machine", "names_of", "run", "save", "table"]
 
@@ -102,11 +102,12 @@ def machine() -> dict[str, Any]:
 
 def measure(name: str, case: Case, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """One case: what the report says of it, and {"gpu", "versions"} of what it ran on."""
-    environment = os.environ | {"CUPY_TF32": str(int(case.tf32)), "TRANSFORMERS_VERBOSITY": "error"}
+    environment = os.environ | {"CUPY_TF32": str(int(case.tf32)), "PYTHONWARNINGS": "ignore::FutureWarning"}
     with tempfile.TemporaryDirectory() as folder:
-        with worker("start", case, folder, environment) as start:
+        with started("start", case, folder, environment) as start:
             start.ask("start")
-        with worker("minilora", case, folder, environment) as ours, worker("torch", case, folder, environment) as theirs:
+        with (started("minilora", case, folder, environment) as ours,
+              started("torch", case, folder, environment) as theirs):
             ready, their_ready = ours.ask("prepare"), theirs.ask("prepare")
             if ready["trainable"] != their_ready["trainable"]:
                 raise RuntimeError(f"{name}: minilora trains {ready['trainable']} numbers, PEFT {their_ready['trainable']}: "
@@ -137,7 +138,7 @@ def compare(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str
         raise RuntimeError(f"{name}: minilora gave {len(a)} numbers, PyTorch {len(b)}: nothing was timed")
     first = next((i for i, (x, y) in enumerate(zip(ours.get("tokens", ()), theirs.get("tokens", ()))) if x != y), None)
     pairs = list(zip(a, b))[: None if first is None else first + 1]
-    difference = max(abs(x - y) / abs(y) for x, y in pairs)
+    difference = float(np.max([abs(x - y) / abs(y) for x, y in pairs]))
     if not difference <= TOLERANCE:                        # NaN as well
         raise RuntimeError(f"{name}: the two sides compute different {'logits' if 'tokens' in ours else 'losses'}, by "
                            f"{difference:.1e}: expected at most {TOLERANCE:.0e}; nothing was timed")

@@ -49,7 +49,7 @@ class Worker:
 
 
 @contextmanager
-def worker(side: str, case: Case, folder: str, environment: dict[str, str]) -> Iterator[Worker]:
+def started(side: str, case: Case, folder: str, environment: dict[str, str]) -> Iterator[Worker]:
     """A process that serves one side ("minilora", "torch") while the block runs, or ("start") writes what both start from."""
     command = [sys.executable, "-c", PROGRAM, side, json.dumps(case.to_dict()), folder]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -60,31 +60,40 @@ def worker(side: str, case: Case, folder: str, environment: dict[str, str]) -> I
         process.communicate()
 
 
+class Server:
+    """The process's own end: a side, and what it answers to each request. The "start" side only writes what both start from."""
+
+    def __init__(self, side: str, case: Case, folder: str) -> None:
+        self.case, self.folder = case, folder
+        self.work: Any = None if side == "start" else SIDES[side][case.kind](case, folder)
+        self.idle = 0.0                                    # memory at the end of `prepare`: libraries, weights, optimiser
+
+    def answer(self, what: str, argument: int) -> Any:
+        """Plain data for JSON."""
+        if what == "start":
+            return write_start(self.case, Path(self.folder))
+        if what == "turn":
+            return turn(self.work, argument)
+        if what == "memory":
+            return {"peak": self.work.device_mb() or resident_mb(), "idle": self.idle}
+        if what == "profile":
+            return self.work.profile(argument)
+        answer = getattr(self.work, what)()
+        if what == "prepare":
+            forget_peak()
+            self.idle = self.work.device_mb() or resident_mb()
+        return answer
+
+
 def serve() -> None:
     """The process: answer requests on standard input until it closes."""
     side, fields, folder = sys.argv[1:]
     case = Case.from_dict(json.loads(fields))
     set_device(case.device if side == "minilora" else "cpu")
-    work: Any = None if side == "start" else SIDES[side][case.kind](case, folder)
-    idle = 0.0
+    server = Server(side, case, folder)
     for line in sys.stdin:
-        what, argument = json.loads(line)
         try:
-            if what == "start":
-                write_start(case, Path(folder))
-                answer: Any = True
-            elif what == "turn":
-                answer = turn(work, argument)
-            elif what == "memory":
-                peak = work.device_mb()
-                answer = {"peak": resident_mb() if peak is None else peak, "idle": idle}
-            elif what == "profile":
-                answer = work.profile(argument)
-            else:
-                answer = getattr(work, what)()
-                if what == "prepare":
-                    forget_peak()
-                    idle = work.device_mb() or resident_mb()
+            answer = server.answer(*json.loads(line))
         except RuntimeError as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), flush=True)
