@@ -100,14 +100,14 @@ def serve() -> None:
 
 
 def turn(work: Any, steps: int) -> list[float]:
-    """The seconds of each of `steps` steps. One more, before them, only warms the caches up again."""
+    """The seconds of each of `steps` steps. One more, before several, only warms the caches up again; a long one needs none."""
     time.sleep(PAUSE)
     seconds = []
-    for _ in range(steps + 1):
+    for _ in range(steps + 1 if steps > 1 else 1):
         start = time.perf_counter()
         work.step()                                        # returns when the device has done it
         seconds.append((time.perf_counter() - start) / work.updates)
-    return seconds[1:]
+    return seconds[-steps:]
 
 
 def forget_peak() -> None:
