@@ -117,10 +117,11 @@ def ratio_bars(ax: Axes, names: Sequence[str], ratios: Sequence[float], what: st
     bars = ax.barh(places, ratios, 0.62, color=[ORANGE if more else BLUE for more in above], edgecolor="white")
     for bar, more in zip(bars, above):
         bar.set_hatch("//" if more else "")
-    ax.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=5, fontsize=14)
     ax.axvline(1.0, color=BLACK, linestyle=(0, (4, 2)))
+    ax.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=5, fontsize=14,
+                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     ax.set_yticks(places, names)
-    ax.invert_yaxis()
+    ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(False, axis="y")
     ax.set_xlim(0, 1.18 * max(1.0, *ratios))
     ax.set_xlabel(f"{what}: minilora / PyTorch + PEFT")

@@ -199,7 +199,7 @@ def counted(case, tmp_path):
     ours.prepare()
     with timed_ops({}, products):
         ours.step()
-    return sum(p.flops for p in products) / 2 / ours.updates
+    return sum(p.flops for p in products) / 2 / case.updates
 
 
 def test_the_products_of_a_step_in_closed_form(device, tmp_path):
@@ -216,7 +216,7 @@ def test_the_products_of_a_sweep_in_closed_form(device, tmp_path):
     ranks, n, d, f, v, r = (1, 3, 8), 12, 8, 32, 11, 8     # each adapter has its own n rows, padded to rank 8
     base = n * d * (3 * d + d + 2 * f + v)
     alone = base + base - n * d * 3 * d + 2 * n * r * (d + 3 * d) + r * d * 3 * d
-    case = replace(SMALL, kind="sweep", ranks=ranks, seeds=(0, 1))
+    case = replace(SMALL, kind="sweep", ranks=ranks, seeds=(0, 1), updates=2)
     assert counted(case, tmp_path) == 2 * len(ranks) * alone
 
 
@@ -332,6 +332,8 @@ def test_the_figure_shows_each_ratio():
             assert [bar.get_width() for bar in ax.patches] == [value, value]
             assert [text.get_text() for text in ax.texts] == [f"{value:.2f}"] * 2
             assert [line.get_xdata()[0] for line in ax.lines] == [1.0]
+            assert ax.get_ylim()[0] > ax.get_ylim()[1]                        # from top to bottom
+        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["course", "decode"]
     finally:
         pyplot.close(figure)
 

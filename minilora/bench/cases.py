@@ -27,8 +27,9 @@ class Case:
     kind: "step" (forward, backward, AdamW of one adapter), "sweep" (the same of an adapter for every rank and seed: one
     batched run of minilora, one adapter after another with PEFT), or "decode" (greedy generation with a key-value cache).
     tokens: T of a batch, or of the prompt; new_tokens: generated. targets: our module names ("all-linear" as well); none for
-    a plain base; a decoding model has its adapter merged. rounds turns of `steps` timed steps each. tf32: let products in
-    float32 round their inputs to 10 bits, as both libraries may on a GPU.
+    a plain base; a decoding model has its adapter merged. rounds turns of `steps` timed steps each, where a step's time is the
+    mean of `updates` (a sweep sets itself up anew each time). tf32: let products in float32 round their inputs to 10 bits, as
+    both libraries may on a GPU.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Case:
     new_tokens: int = 0
     rounds: int = 20
     steps: int = 5
+    updates: int = 1
     device: str = "cpu"
     tf32: bool = False
 
@@ -96,14 +98,14 @@ CASES = {
     "gpt2": Case("step", GPT2, 4, 128, PACKED, rounds=7, steps=1),
     "smollm2": Case("step", SMOLLM2, 4, 128, Q_V, rounds=6, steps=1),
     "smollm2-all": Case("step", SMOLLM2, 4, 128, "all-linear", rounds=6, steps=1),
-    "sweep": Case("sweep", COURSE, 16, 64, PACKED, RANKS, seeds=(0, 1), rounds=5, steps=1),
+    "sweep": Case("sweep", COURSE, 16, 64, PACKED, RANKS, seeds=(0, 1), rounds=5, steps=1, updates=2),
     "decode": Case("decode", GPT2, 1, 16, (), new_tokens=128, rounds=3, steps=1),
     "decode-merged": Case("decode", GPT2, 1, 16, PACKED, new_tokens=128, rounds=3, steps=1),
     "gpu-d768": Case("step", GPT2, 16, 512, PACKED, device="gpu"),
     "gpu-d768-tf32": Case("step", GPT2, 16, 512, PACKED, device="gpu", tf32=True),
     "gpu-d2048": Case("step", WIDE, 8, 1024, PACKED, rounds=10, device="gpu"),
     "gpu-d2048-tf32": Case("step", WIDE, 8, 1024, PACKED, rounds=10, device="gpu", tf32=True),
-    "gpu-sweep": Case("sweep", COURSE, 16, 64, PACKED, RANKS, seeds=(0, 1), rounds=10, device="gpu"),
+    "gpu-sweep": Case("sweep", COURSE, 16, 64, PACKED, RANKS, seeds=(0, 1), rounds=10, updates=20, device="gpu"),
 }
 QUICK = ("course", "sweep", "gpu-d768", "gpu-sweep")       # small enough for a first look
 

@@ -16,8 +16,6 @@ from .products import profile
 class MiniloraStep:
     """One adapter: forward, backward, AdamW."""
 
-    updates = 1                                            # optimiser steps that `step` makes
-
     def __init__(self, case: Case, folder: str) -> None:
         self.case, self.batches = case, case.batches()
 
@@ -47,7 +45,7 @@ class MiniloraStep:
         """Where the time of a step goes."""
         found = profile(self.step, steps)
         for name in ("gemm_gflop", "gemm_floor_ms"):
-            found[name] /= self.updates
+            found[name] /= self.case.updates
         return found
 
     def device_mb(self) -> float | None:
@@ -58,8 +56,6 @@ class MiniloraStep:
 class MiniloraSweep(MiniloraStep):
     """All adapters side by side, by `ml.sweep`. A step of the benchmark is one update of all; set-up is in its time."""
 
-    updates = 2
-
     def prepare(self) -> dict[str, Any]:
         """Build the model; what trains, and where."""
         self.model = build(self.case)
@@ -67,13 +63,13 @@ class MiniloraSweep(MiniloraStep):
 
     def run(self, steps: int) -> Any:
         """The sweep from its start."""
-        config = TrainConfig(steps=steps, lr=LR, schedule="constant", weight_decay=WEIGHT_DECAY, log_every=1, progress=False)
+        config = TrainConfig(steps=steps, lr=LR, schedule="constant", weight_decay=WEIGHT_DECAY, progress=False)
         (configs, seeds) = ([config for config, seed in self.case.cells() if seed == self.case.seeds[0]], self.case.seeds)
         return sweep(self.model, self.case.draw, configs, seeds=seeds, train=config)
 
     def step(self) -> float:
         """The mean of the last losses."""
-        return float(self.run(self.updates).losses[-1].mean())
+        return float(self.run(self.case.updates).losses[-1].mean())
 
     def check(self) -> dict[str, Any]:
         """The losses of the first steps of every adapter, adapter after adapter."""

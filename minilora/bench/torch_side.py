@@ -23,8 +23,6 @@ TASKS = {"lm": "CAUSAL_LM", "sequence": "SEQ_CLS"}
 class TorchStep:
     """One adapter: forward, backward, AdamW."""
 
-    updates = 1                                            # optimiser steps that `step` makes
-
     def __init__(self, case: Case, folder: str) -> None:
         self.case, self.folder, self.batches = case, Path(folder), case.batches()
 
@@ -107,8 +105,6 @@ class TorchStep:
 class TorchSweep(TorchStep):
     """One adapter after another. A step of the benchmark is one update of all."""
 
-    updates = 2
-
     def _finish(self) -> int:
         self.model.train()
         self.optimizers, trainable = [], 0
@@ -130,7 +126,7 @@ class TorchSweep(TorchStep):
 
     def step(self) -> float:
         """The mean of the last losses."""
-        return float(np.mean([losses[-1] for losses in self.run(self.updates)]))
+        return float(np.mean([losses[-1] for losses in self.run(self.case.updates)]))
 
     def check(self) -> dict[str, Any]:
         """The losses of the first steps of every adapter, adapter after adapter."""

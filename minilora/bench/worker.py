@@ -1,6 +1,6 @@
 """One side of a case in a process of its own, so that its peak memory is its own: it answers one JSON line for each JSON line.
 
-A side has `updates`, prepare(), check(), step(), device_mb(), and minilora's also profile(steps). Memory is the high-water
+A side has prepare(), check(), step(), device_mb(), and minilora's also profile(steps). Memory is the high-water
 mark of what is resident from the end of `prepare` on, where the system lets it be set back (Linux), else of the whole process.
 """
 
@@ -106,7 +106,7 @@ def turn(work: Any, steps: int) -> list[float]:
     for _ in range(steps + 1 if steps > 1 else 1):
         start = time.perf_counter()
         work.step()                                        # returns when the device has done it
-        seconds.append((time.perf_counter() - start) / work.updates)
+        seconds.append((time.perf_counter() - start) / work.case.updates)
     return seconds[-steps:]
 
 
