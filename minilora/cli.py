@@ -15,10 +15,10 @@ from typing import Any
 import minilora
 
 from . import bench
-from .backend import set_device
+from .backend import current_device, set_device
 from .rank.report import analyze
 from .studies import STUDIES, Options
-from .studies.common import writable_folder, write_json
+from .studies.common import writable_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(args, "device", None):
             set_device(args.device)
         args.action(args)
-    except (ValueError, KeyError, TypeError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
         return _complain(error, 2)
     except (RuntimeError, FloatingPointError, OSError) as error:
         return _complain(error, 1)
@@ -56,10 +56,14 @@ def parser() -> argparse.ArgumentParser:
     study.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="for the figure (default figures)")
     study.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
-    benchmark = _verb(verbs, "bench", _bench, "time a LoRA step against PyTorch + PEFT", "minilora bench --case course")
-    benchmark.add_argument("--case", action="append", choices=list(bench.CASES), help="which case (default: all)")
-    benchmark.add_argument("--quick", action="store_true", help="few rounds")
-    benchmark.add_argument("--out", type=Path, metavar="FILE.json", help="also write the report there")
+    benchmark = _verb(verbs, "bench", _bench, "time training and generation against PyTorch + PEFT",
+                      "minilora bench --case course --case sweep --rounds 5")
+    benchmark.add_argument("--case", action="append", metavar="NAME",
+                           help=f"which case, may be repeated (default: all of the device): {', '.join(bench.CASES)}")
+    benchmark.add_argument("--quick", action="store_true", help="the small cases, few rounds")
+    benchmark.add_argument("--rounds", type=int, metavar="N", help="turns of each side (default: by the case's size)")
+    benchmark.add_argument("--device", default=None, help="cpu or gpu (default: $MINILORA_DEVICE, or cpu)")
+    benchmark.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="for the figure (default figures)")
     benchmark.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
     analysis = _verb(verbs, "analyze", _analyze, "singular values and ranks of an adapter", "minilora analyze my-adapter")
@@ -91,12 +95,12 @@ def _study(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    if args.out is not None:
-        writable_folder(args.out.parent)
-    report = bench.run(args.case or list(bench.CASES), rounds=4 if args.quick else 20)
-    if args.out is not None:
-        write_json(args.out, report)
+    writable_folder(args.out)
+    report = bench.run(args.case, device=current_device().name, quick=args.quick, rounds=args.rounds)
+    path = bench.save(report, args.out)
     print(json.dumps(report) if args.json else bench.table(report))
+    if not args.json:
+        print(f"figure and numbers: {path}.{{png,svg,json}}")
 
 
 def _analyze(args: argparse.Namespace) -> None:

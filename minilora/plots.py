@@ -108,3 +108,35 @@ def rank_quality(data: dict[str, Any]) -> Figure:
             ax.set_title(f"{letter}   {title}", loc="left")
         figure.suptitle("How does quality depend on LoRA's rank?", fontsize=16, fontweight="bold")
     return figure
+
+
+def ratio_bars(ax: Axes, names: Sequence[str], ratios: Sequence[float], what: str) -> Axes:
+    """Horizontal bars of minilora / PyTorch, one a case from top to bottom, with the line at 1. Hatched where above it."""
+    places = range(len(names))
+    above = [ratio > 1 for ratio in ratios]
+    bars = ax.barh(places, ratios, 0.62, color=[ORANGE if more else BLUE for more in above], edgecolor="white")
+    for bar, more in zip(bars, above):
+        bar.set_hatch("//" if more else "")
+    ax.axvline(1.0, color=BLACK, linestyle=(0, (4, 2)))
+    ax.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=5, fontsize=14,
+                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    ax.set_yticks(places, names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.grid(False, axis="y")
+    ax.set_xlim(0, 1.18 * max(1.0, *ratios))
+    ax.set_xlabel(f"{what}: minilora / PyTorch + PEFT")
+    return ax
+
+
+def bench(data: dict[str, Any]) -> Figure:
+    """The benchmark's figure: ratios of time and of memory, case by case. Below 1, minilora needs less."""
+    names, machine = list(data["cases"]), data["machine"]
+    with plt.rc_context(STYLE | {"font.size": 14, "axes.labelsize": 14}):
+        figure, axes = plt.subplots(1, 2, figsize=(13, 2.2 + 0.5 * len(names)), layout="constrained", sharey=True)
+        ratio_bars(axes[0], names, [case["ratio"] for case in data["cases"].values()], "median step time")
+        ratio_bars(axes[1], names, [case["memory_ratio"] for case in data["cases"].values()], "peak memory")
+        for ax in axes:
+            ax.tick_params(axis="y", length=0)
+        place = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads")
+        figure.suptitle(f"minilora against PyTorch + PEFT (below 1: minilora needs less)\n{place}", fontsize=15)
+    return figure

@@ -102,11 +102,49 @@ def test_analyze_of_a_broken_file(tmp_path, capsys):
     fails(["analyze", str(tmp_path / "adapter")], capsys)
 
 
-def test_a_missing_peer_is_one_line(monkeypatch, capsys):
+def test_bench_refuses_what_it_cannot_run(tmp_path, capsys, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("a case was measured")
+    monkeypatch.setattr("minilora.bench.measure", work)
+    out = ["--out", str(tmp_path)]
+    line = fails(["bench", "--case", "coarse", *out], capsys)
+    assert "'coarse'" in line and "course" in line
+    assert "--device gpu" in fails(["bench", "--case", "gpu-d768", *out], capsys)
+    assert "'tpu'" in fails(["bench", "--device", "tpu", *out], capsys)
+    assert "rounds = 0" in fails(["bench", "--rounds", "0", *out], capsys)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else object())
+    assert "pip install torch" in fails(["bench", *out], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_prints_what_it_measured_and_writes_the_figure(tmp_path, capsys, monkeypatch):
+    numbers = {"median_ms": 10.0, "p10_ms": 9.0, "p90_ms": 12.0, "tokens_per_second": 2100.0, "peak_mb": 90.0, "idle_mb": 60.0}
+    asked = []
+
+    def measure(name, case, rounds):
+        asked.append((name, rounds))
+        row = {"kind": case.kind, "minilora": numbers, "torch": numbers, "ratio": 1.0, "memory_ratio": 1.0, "difference": 0.0,
+               "tokens_per_step": 1, "adapters": 1, "trainable": 1, "tf32": False, "gemm_gflop": 1.0, "gemm_floor_ms": 1.0,
+               "by_op": {}}
+        return row, {"gpu": {}, "versions": {"torch": "2.13"}}
+
+    monkeypatch.setattr("minilora.bench.measure", measure)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert main(["bench", "--quick", "--out", str(tmp_path)]) == 0
+    assert asked == [("course", 3), ("sweep", 3)]
+    shown = capsys.readouterr().out
+    assert "ratio of medians 1.00" in shown and str(tmp_path / "bench_cpu") in shown
+    assert main(["bench", "--case", "decode", "--case", "gpt2", "--rounds", "2", "--json", "--out", str(tmp_path)]) == 0
+    assert asked[2:] == [("decode", 2), ("gpt2", 2)]
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "bench_cpu.json").read_text())
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".png", ".svg"]
+
+
+def test_a_measurement_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
     def gone(*_, **__):
-        raise RuntimeError("the benchmark compares with PyTorch, and torch is missing: pip install torch")
+        raise RuntimeError("course: the two sides compute different losses")
     monkeypatch.setattr("minilora.bench.run", gone)
-    assert "pip install torch" in fails(["bench"], capsys, code=1)
+    assert "different losses" in fails(["bench", "--out", str(tmp_path)], capsys, code=1)
 
 
 def test_the_module_runs_as_a_program():
