@@ -23,6 +23,8 @@ TINY = 1e-30    # stands in for its sum of 0
 class Kernels:
     """The primitives for one array library `xp`. Arrays in, new arrays out; nothing is changed in place unless it says so."""
 
+    tf32: bool | None = None      # whether float32 products may round to TF32; None where the device has none
+
     def __init__(self, xp: Any) -> None:
         self.xp = xp
 
