@@ -34,6 +34,7 @@ class CupyKernels(Kernels):
     def __init__(self, xp: Any, driver: Driver, tf32: bool = False) -> None:
         super().__init__(xp)
         self.driver = driver
+        self.reads_slices = True
         self.tf32: bool | None = tf32
 
     # Products

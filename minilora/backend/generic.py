@@ -27,6 +27,7 @@ class Kernels:
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
+        self.reads_slices = xp.__name__ == "numpy"     # whether a product takes some columns of a matrix without a copy
 
     # Products
 
@@ -36,6 +37,20 @@ class Kernels:
         if a.ndim == b.ndim == 2:
             return a @ b
         return self.xp.ascontiguousarray(a) @ self.xp.ascontiguousarray(b)
+
+    def columns_product(self, x: Array, block: slice, b: Array) -> Array:      # (..., n, out), (..., w, r) -> (..., n, r)
+        """x[..., block] @ b. Where a product cannot read some columns, it reads all of them, against zeros."""
+        if self.reads_slices or x.shape[-1] == b.shape[-2]:
+            return self.matmul(x[..., block], b)
+        padded = self.xp.zeros((*b.shape[:-2], x.shape[-1], b.shape[-1]), dtype=b.dtype)
+        padded[..., block, :] = b
+        return self.matmul(x, padded)
+
+    def columns_product_t(self, x: Array, block: slice, b: Array) -> Array:    # (..., n, out), (..., n, r) -> (..., w, r)
+        """x[..., block]ᵀ @ b, likewise."""
+        if self.reads_slices:
+            return self.matmul(x[..., block], b, ta=True)
+        return self.matmul(x, b, ta=True)[..., block, :]
 
     def add_products(self, W: Array, terms: list[tuple[slice, Array, Array]]) -> Array:
         """W with B @ A added to the given rows, in a new array. With B (K, out, r), A (K, r, in): K of them, (K, out, in)."""
