@@ -185,28 +185,58 @@ def test_embedding_grad_adds_up_repeated_ids(gpu, shape, dtype, rng):
     agree(gpu, "embedding_grad", ids, rng.standard_normal((*shape, 37)), exactly=(6,), n_launches=1)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (5, 300), (3, 4, 5)])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("rates", [False, True])
-def test_adamw(gpu, shape, decay, rates, rng):
-    if rates and not shape:
-        pytest.skip("a rate for each adapter needs an axis of adapters")
+@pytest.mark.parametrize("n", [1, 3, 16, 35])
+def test_adamw_takes_many_parameters_in_a_launch(gpu, decay, rates, n, rng):
     own, device = gpu
+    shapes = [(3,), (3, 300), (3, 4, 5), (3, 1, 1)]
+    shapes = [shapes[i % 4] if rates else [(), (7, 1), *shapes[1:3]][i % 4] for i in range(n)]
     for dtype in DTYPES:
-        p, g, m = rng.standard_normal((3, *shape)).astype(dtype)
-        v = rng.random(shape).astype(dtype) if shape else np.asarray(rng.random(), dtype)
-        p, g, m = (np.asarray(a) for a in (p, g, m))
-        lr = rng.random((shape[0], *[1] * (len(shape) - 1))).astype(dtype) * 0.1 if rates else 0.01
-        mine = [to_device(a.copy(), device) for a in (p, g, m, v)]
-        wide = [a.astype("float64") for a in (p, g, m, v)]
-        for step in (1, 2, 3):
+        wide = [[np.asarray(a) for a in (*(rng.standard_normal(shape) for _ in range(3)), rng.random(shape))] for shape in shapes]
+        wide = [[a.astype(dtype).astype("float64") for a in ones] for ones in wide]
+        mine = [[to_device(a.astype(dtype), device) for a in ones] for ones in wide]
+        host_lr = rng.random(3).astype(dtype) * 0.1
+        lr = to_device(host_lr, device) if rates else 0.01
+        wide_lr = host_lr.astype("float64") if rates else 0.01
+        for step in (1, 2, 7):
             launches(own).clear()
-            own.adamw(*mine, to_device(lr, device) if rates else lr, (0.9, 0.99), 1e-8, decay, step)
-            GENERIC.adamw(*wide, lr.astype("float64") if rates else lr, (0.9, 0.99), 1e-8, decay, step)
-            assert device == "gpu" or launches(own) == ["adamw"]
-        for a, b in zip(mine, wide):
-            assert a.dtype == dtype
-            np.testing.assert_allclose(to_host(a), b, rtol=0, atol=TOLERANCE[dtype] * max(1.0, np.abs(b).max()))
+            own.adamw_all([(*ones, step) for ones in mine], lr, (0.9, 0.99), 1e-8, decay)
+            GENERIC.adamw_all([(*ones, step) for ones in wide], wide_lr, (0.9, 0.99), 1e-8, decay)
+            assert device == "gpu" or launches(own) == ["adamw"] * math.ceil(n / 16)
+        for ones, others in zip(mine, wide):
+            for a, b in zip(ones, others):
+                assert a.dtype == dtype
+                np.testing.assert_allclose(to_host(a), b, rtol=0, atol=TOLERANCE[dtype] * max(1.0, np.abs(b).max()))
+
+
+def test_adamw_of_what_does_not_go_together(gpu, rng):
+    """Different steps and dtypes go apart; a parameter with holes, a float16 one and an empty one are right too."""
+    own, device = gpu
+    hosts = [rng.random((4, *shape)).astype(dtype) for shape, dtype in
+             (((5,), "float32"), ((5,), "float32"), ((2, 3), "float64"), ((2, 6), "float32"), ((4,), "float16"), ((0,), "float32"))]
+    mine = [[to_device(a.copy(), device) for a in host] for host in hosts]
+    wide = [list(host.astype("float64")) for host in hosts]
+    mine[3], wide[3] = ([a[:, ::2] for a in ones[3]] for ones in (mine, wide))
+    launches(own).clear()
+    for kernels_, ones in ((own, mine), (GENERIC, wide)):
+        kernels_.adamw_all([(*arrays, 1 + (i == 1)) for i, arrays in enumerate(ones)], 0.1, (0.9, 0.99), 1e-4, 0.1)
+    assert device == "gpu" or launches(own) == ["adamw"] * 3
+    for ones, others, tolerance in zip(mine, wide, (1e-6, 1e-6, 1e-13, 1e-6, 1e-2, 0)):
+        for a, b in zip(ones, others):
+            np.testing.assert_allclose(to_host(a), b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("n", "D", "F"), [(1, 1, 1), (5, 3, 7), (33, 4, 300)])
+def test_feed_forward_adds_its_bias_in_the_activation(gpu, activation, bias, n, D, F, rng):
+    x, W1, W2 = rng.standard_normal((n, D)), rng.standard_normal((F, D)), rng.standard_normal((D, F))
+    b1, b2 = (rng.standard_normal(F), rng.standard_normal(D)) if bias else (None, None)
+    agree(gpu, "feed_forward", x, W1, b1, W2, b2, activation, True, True, n_launches=3,
+          tolerance={"float64": 1e-13, "float32": 1e-5})
+    agree(gpu, "feed_forward", x, W1, b1, W2, b2, activation, False, False, n_launches=3,
+          tolerance={"float64": 1e-13, "float32": 1e-5})
 
 
 # Attention
@@ -371,7 +401,8 @@ def test_each_kernel_is_launched_by_a_primitive_of_its_name():
     names = set(host_cuda.kernel_names(source("float32")))
     primitives = {name for name in vars(CupyKernels) if not name.startswith("_")}
     assert primitives <= set(vars(Kernels))
-    assert {name.replace("attention_softmax", "attention") for name in names} | {"matmul"} == primitives
+    assert {name.replace("attention_softmax", "attention") for name in names} | {"matmul"} == primitives - {
+        "feed_forward", "adamw_all"} | {"adamw"}
 
 
 BUGS = {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
+from .cupy_sources import TOGETHER
 from .generic import LOWEST, TINY, Array, Kernels
 
 NOTHING = 0         # an array that is not there, as an argument of a kernel
@@ -138,11 +139,19 @@ class CupyKernels(Kernels):
     def silu(self, x: Array, slope: bool) -> tuple[Array, Array | None]:
         return self._activation("silu", x, slope) if fits(x) else super().silu(x, slope)
 
-    def _activation(self, name: str, x: Array, slope: bool) -> tuple[Array, Array | None]:
+    def _activation(self, name: str, x: Array, slope: bool, bias: Array | None = None) -> tuple[Array, Array | None]:
         y = self.xp.empty(x.shape, dtype=x.dtype)
         s = self.xp.empty(x.shape, dtype=x.dtype) if slope else None
-        self._elements(name, x, x.size, self._whole(x), y, NOTHING if s is None else s)
+        self._elements(name, x, x.size, self._whole(x), NOTHING if bias is None else self._whole(bias), *x.shape[-1:] or (1,), y,
+                       NOTHING if s is None else s)
         return y, s
+
+    def feed_forward(self, x: Array, W1: Array, b1: Array | None, W2: Array, b2: Array | None, activation: str, slope: bool,
+                     hidden: bool) -> tuple[Array, Array | None, Array | None]:
+        if not fits(x, W1, W2, *(b for b in (b1, b2) if b is not None)):
+            return super().feed_forward(x, W1, b1, W2, b2, activation, slope, hidden)
+        h, s = self._activation(activation, self.matmul(x, W1, tb=True), slope, b1)
+        return self.linear(h, W2, b2), s, h if hidden else None
 
     def swiglu(self, g: Array, u: Array, slopes: bool) -> tuple[Array, Array | None, Array | None]:
         if not fits(g, u) or g.shape != u.shape:
@@ -203,17 +212,30 @@ class CupyKernels(Kernels):
         self._elements("embedding_grad", dy, dy.size, self._int64(ids), self._whole(dy), dW, dy.shape[-1])
         return dW
 
-    def adamw(self, p: Array, g: Array, m: Array, v: Array, lr: Any, betas: tuple[float, float], eps: float,
-              weight_decay: float, step: int) -> None:
-        rates = not isinstance(lr, float)                          # an array (K, 1, …) for p (K, …), or a number
-        own = all(a.flags.c_contiguous for a in (p, m, v))         # they are written in place
-        if not fits(p, g, m, v) or not own or (rates and not (fits(p, lr) and lr.size == lr.shape[0] == p.shape[0])):
-            return super().adamw(p, g, m, v, lr, betas, eps, weight_decay, step)
-        beta1, beta2 = betas
-        each = p.size // p.shape[0] if rates and p.size else 1
-        self._elements("adamw", p, p.size, p, self._whole(g), m, v, self._whole(lr) if rates else NOTHING, each,
-                       0.0 if rates else lr, beta1, beta2, eps, float(weight_decay), 1.0 / (1.0 - beta1**step),
-                       (1.0 - beta2**step) ** -0.5)
+    def adamw_all(self, due: list[tuple[Array, Array, Array, Array, int]], lr: Any, betas: tuple[float, float], eps: float,
+                  weight_decay: float) -> None:
+        """Parameters of one dtype that have made as many steps go together, TOGETHER to a launch."""
+        alike: dict[Any, list[Any]] = {}
+        for p, g, m, v, step in due:
+            one_dtype = fits(p, g, m, v) and (isinstance(lr, float) or fits(p, lr))
+            if not one_dtype or not all(a.flags.c_contiguous for a in (p, m, v)):      # these are written in place
+                super().adamw_all([(p, g, m, v, step)], lr, betas, eps, weight_decay)
+            elif p.size:
+                alike.setdefault((p.dtype.char, step), []).append((p, g, m, v))
+        for (_, step), ones in alike.items():
+            for start in range(0, len(ones), TOGETHER):
+                self._adamw(ones[start : start + TOGETHER], step, lr, betas, eps, weight_decay)
+
+    def _adamw(self, ones: list[Any], step: int, lr: Any, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        (beta1, beta2), several = betas, not isinstance(lr, float)
+        arguments: list[Any] = []
+        for p, g, m, v in ones:
+            arguments += [p, self._whole(g), m, v, p.size, p.size // len(lr) if several else 1]
+        arguments += [NOTHING] * (6 * (TOGETHER - len(ones)))
+        blocks = min(-(-max(p.size for p, *_ in ones) // 256), 1 << 12) * len(ones)
+        self.driver.launch("adamw", ones[0][0].dtype, blocks, 256, *arguments, len(ones),
+                           self._whole(lr) if several else NOTHING, 0.0 if several else lr, beta1, beta2, eps,
+                           float(weight_decay), 1.0 / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5)
 
     # Launching
 

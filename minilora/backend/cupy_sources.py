@@ -200,20 +200,23 @@ extern "C" __global__ void attention_softmax_grad(T* s, T* dp, const T* lse, con
 """
 
 ELEMENTS = r"""
+// The activations take x + bias, for rows of x of this width, where there is a bias.
+__device__ T biased(const T* x, const T* bias, long long width, long long i) { return bias != 0 ? x[i] + bias[i % width] : x[i]; }
+
 // y = x F(x),  F(x) = (1 + erf(x/sqrt 2))/2;   y' = F(x) + x exp(-x^2/2)/sqrt(2 pi)
-extern "C" __global__ void gelu(const T* x, T* y, T* slope, long long n) {
+extern "C" __global__ void gelu(const T* x, const T* bias, long long width, T* y, T* slope, long long n) {
     FOR_ALL(i, n) {
-        T a = x[i], F = T(0.5) * (1 + erf(a * T(0.70710678118654752)));
+        T a = biased(x, bias, width, i), F = T(0.5) * (1 + erf(a * T(0.70710678118654752)));
         y[i] = a * F;
         if (slope != 0) slope[i] = F + a * exp(T(-0.5) * a * a) * T(0.39894228040143268);
     }
 }
 
 // y = x (1 + t)/2,  t = tanh(k (x + 0.044715 x^3)),  k = sqrt(2/pi);   y' = (1 + t)/2 + x (1 - t^2) k (1 + 0.134145 x^2)/2
-extern "C" __global__ void gelu_tanh(const T* x, T* y, T* slope, long long n) {
+extern "C" __global__ void gelu_tanh(const T* x, const T* bias, long long width, T* y, T* slope, long long n) {
     const T k = T(0.79788456080286536);
     FOR_ALL(i, n) {
-        T a = x[i], square = a * a, t = tanh(k * a * (1 + T(0.044715) * square));
+        T a = biased(x, bias, width, i), square = a * a, t = tanh(k * a * (1 + T(0.044715) * square));
         y[i] = T(0.5) * a * (1 + t);
         if (slope != 0) slope[i] = T(0.5) * (1 + t) + T(0.5) * a * (1 - t * t) * (k * (1 + T(0.134145) * square));
     }
@@ -222,9 +225,9 @@ extern "C" __global__ void gelu_tanh(const T* x, T* y, T* slope, long long n) {
 __device__ T sigmoid(T x) { return T(0.5) * (1 + tanh(T(0.5) * x)); }
 
 // y = x s(x),  s = 1/(1 + e^-x);   y' = s + y (1 - s)
-extern "C" __global__ void silu(const T* x, T* y, T* slope, long long n) {
+extern "C" __global__ void silu(const T* x, const T* bias, long long width, T* y, T* slope, long long n) {
     FOR_ALL(i, n) {
-        T s = sigmoid(x[i]), product = x[i] * s;
+        T a = biased(x, bias, width, i), s = sigmoid(a), product = a * s;
         y[i] = product;
         if (slope != 0) slope[i] = s + product * (1 - s);
     }
@@ -258,12 +261,24 @@ extern "C" __global__ void rotary(const T* x, const T* cosines, const T* sines, 
 extern "C" __global__ void embedding_grad(const long long* ids, const T* dy, T* dW, long long D, long long n) {
     FOR_ALL(i, n) atomicAdd(dW + ids[i / D] * D + i % D, dy[i]);
 }
+"""
 
+TOGETHER = 16           # parameters that one launch of AdamW takes: all their pointers are arguments, so none is uploaded
+
+ADAMW = r"""
 // m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  p <- p - rate decay p - rate c1 m / (c2 sqrt v + eps),
-// c1 = 1/(1 - b1^t),  c2 = 1/sqrt(1 - b2^t);  rate = rates[i / each], or `lr` if there are no rates
-extern "C" __global__ void adamw(T* p, const T* g, T* m, T* v, const T* rates, long long each, double lr, double b1, double b2,
-                                 double eps, double decay, double c1, double c2, long long n) {
-    FOR_ALL(i, n) {
+// c1 = 1/(1 - b1^t),  c2 = 1/sqrt(1 - b2^t);  rate = rates[i / each], or `lr` if there are no rates.
+// Block b works on parameter b mod count, which has n elements.
+extern "C" __global__ void adamw(PARAMETERS, long long count, const T* rates, double lr, double b1, double b2, double eps,
+                                 double decay, double c1, double c2) {
+    T *p = p0, *m = m0, *v = v0;
+    const T* g = g0;
+    long long n = n0, each = each0;
+    switch (blockIdx.x % count) {
+CASES
+    }
+    long long blocks = gridDim.x / count;
+    for (long long i = blockIdx.x / count * blockDim.x + threadIdx.x; i < n; i += blocks * blockDim.x) {
         T rate = rates != 0 ? rates[i / each] : T(lr), a = m[i] * T(b1) + T(1 - b1) * g[i];
         T b = v[i] * T(b2) + T(1 - b2) * (g[i] * g[i]), old = p[i];
         if (decay != 0) old *= 1 - rate * T(decay);
@@ -272,9 +287,12 @@ extern "C" __global__ void adamw(T* p, const T* g, T* m, T* v, const T* rates, l
         p[i] = old - a / (sqrt(b) * T(c2) + T(eps)) * (rate * T(c1));
     }
 }
-"""
+""".replace("PARAMETERS", ", ".join(f"T* p{j}, const T* g{j}, T* m{j}, T* v{j}, long long n{j}, long long each{j}"
+                                    for j in range(TOGETHER))
+            ).replace("CASES", "\n".join(f"    case {j}: p = p{j}, g = g{j}, m = m{j}, v = v{j}, n = n{j}, each = each{j}; break;"
+                                         for j in range(1, TOGETHER)))
 
 
 def source(dtype: str) -> str:
     """The whole source for "float32" or "float64"."""
-    return "\n".join([f"typedef {'float' if dtype == 'float32' else 'double'} T;", COMMON, ROWS, ATTENTION, ELEMENTS])
+    return "\n".join([f"typedef {'float' if dtype == 'float32' else 'double'} T;", COMMON, ROWS, ATTENTION, ELEMENTS, ADAMW])

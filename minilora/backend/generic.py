@@ -248,3 +248,10 @@ class Kernels:
         update = m / (self.xp.sqrt(v) * (1.0 - beta2**step) ** -0.5 + eps)
         update *= lr * (1.0 / (1.0 - beta1**step))
         p -= update
+
+    def adamw_all(self, due: list[tuple[Array, Array, Array, Array, int]], lr: Any, betas: tuple[float, float], eps: float,
+                  weight_decay: float) -> None:
+        """`adamw` for several parameters: p, g, m, v and step of each. lr is a number, or (K,) for parameters (K, ...)."""
+        for p, g, m, v, step in due:
+            rate = lr if isinstance(lr, float) else lr.reshape(-1, *[1] * (p.ndim - 1))
+            self.adamw(p, g, m, v, rate, betas, eps, weight_decay, step)
