@@ -116,8 +116,8 @@ class HostDriver:
                 whole = whole.base
             last = host.ctypes.data + step * ((count - 1) * stride + (width - 1) * ld + height)
             assert stride >= 0 and last <= whole.ctypes.data + whole.nbytes
-            found = as_strided(host.reshape(-1)[:1] if host.flags.c_contiguous else host[(slice(0, 1),) * host.ndim].reshape(-1),
-                               (count, height, width), (stride * step, step, ld * step))
+            first = host[(slice(0, 1),) * host.ndim].reshape(-1)
+            found = as_strided(first, (count, height, width), (stride * step, step, ld * step))
             return found.swapaxes(1, 2) if transposed else found
 
         A, B = matrices(*a, m, k), matrices(*b, k, n)

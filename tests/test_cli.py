@@ -68,6 +68,13 @@ def test_devices(capsys, monkeypatch):
     assert "pip install" in fails(["study", "rank-quality", "--device", "gpu"], capsys)
 
 
+def test_out_of_memory_is_one_line(capsys, monkeypatch):
+    def work(*_):
+        raise MemoryError("out of memory on device 'gpu': use fewer rows")
+    monkeypatch.setattr(rank_quality, "run", work)
+    assert fails(["study", "rank-quality"], capsys).endswith("use fewer rows")
+
+
 def test_negative_seed(capsys):
     assert "--seed -1" in fails(["study", "rank-quality", "--seed", "-1"], capsys)
 

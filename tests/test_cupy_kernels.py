@@ -193,8 +193,7 @@ def test_adamw_takes_many_parameters_in_a_launch(gpu, decay, rates, n, rng):
     shapes = [(3,), (3, 300), (3, 4, 5), (3, 1, 1)]
     shapes = [shapes[i % 4] if rates else [(), (7, 1), *shapes[1:3]][i % 4] for i in range(n)]
     for dtype in DTYPES:
-        wide = [[np.asarray(a) for a in (*(rng.standard_normal(shape) for _ in range(3)), rng.random(shape))] for shape in shapes]
-        wide = [[a.astype(dtype).astype("float64") for a in ones] for ones in wide]
+        wide = [[np.asarray(rng.random(shape), dtype).astype("float64") for _ in range(4)] for shape in shapes]
         mine = [[to_device(a.astype(dtype), device) for a in ones] for ones in wide]
         host_lr = rng.random(3).astype(dtype) * 0.1
         lr = to_device(host_lr, device) if rates else 0.01
@@ -213,8 +212,8 @@ def test_adamw_takes_many_parameters_in_a_launch(gpu, decay, rates, n, rng):
 def test_adamw_of_what_does_not_go_together(gpu, rng):
     """Different steps and dtypes go apart; a parameter with holes, a float16 one and an empty one are right too."""
     own, device = gpu
-    hosts = [rng.random((4, *shape)).astype(dtype) for shape, dtype in
-             (((5,), "float32"), ((5,), "float32"), ((2, 3), "float64"), ((2, 6), "float32"), ((4,), "float16"), ((0,), "float32"))]
+    hosts = [rng.random((4, *shape)).astype(f"float{bits}")
+             for shape, bits in (((5,), 32), ((5,), 32), ((2, 3), 64), ((2, 6), 32), ((4,), 16), ((0,), 32))]
     mine = [[to_device(a.copy(), device) for a in host] for host in hosts]
     wide = [list(host.astype("float64")) for host in hosts]
     mine[3], wide[3] = ([a[:, ::2] for a in ones[3]] for ones in (mine, wide))
@@ -270,7 +269,28 @@ def test_attention(gpu, causal, masked, H, KV, T, S, hd, rng):
             assert got.shape == want.shape and got.dtype == dtype
             np.testing.assert_allclose(to_host(got), want, rtol=0, atol=tolerance)
         assert device == "gpu" or launches(own) == ["gemm", "attention_softmax", "gemm", "gemm", "gemm",
-                                                    "attention_softmax_grad", "gemm", "gemm", "gemm"]
+                                                    "attention_softmax_grad", "gemm", "gemm", "gemm", "heads"]
+
+
+@pytest.mark.parametrize("views", [(), (0,), (1, 2), (0, 1, 2, 3)])
+def test_heads_are_copied_in_one_launch(gpu, views, rng):
+    """q, k, v and ō as the model has them: transposed slices of (B, T, …), of which some lie by rows already."""
+    own, device = gpu
+    B, T, hd = 2, 5, 3
+    for dtype in DTYPES:
+        hosts = [rng.standard_normal((B, T, 3 * H * hd)).astype(dtype) for H in (4, 2, 2, 4)]
+        arrays = []
+        for i, host in enumerate(hosts):
+            x = to_device(host, device).reshape(B, T, -1, hd).transpose(0, 2, 1, 3)[:, 1 : 5 if i in (0, 3) else 3]
+            arrays.append(x if i in views else own.xp.ascontiguousarray(x))
+        launches(own).clear()
+        found = own._whole_heads(*arrays)
+        assert device == "gpu" or launches(own) == ["heads"] * bool(views)
+        beside = own._copied_heads(arrays, side_by_side=True)
+        for x, y, z in zip(arrays, found, beside):
+            np.testing.assert_array_equal(to_host(y), to_host(x))
+            np.testing.assert_array_equal(to_host(z), to_host(x))
+            assert y.flags.c_contiguous and z.transpose(0, 2, 1, 3).flags.c_contiguous
 
 
 # NaN and infinity come out where they come out of the generic primitives
@@ -401,8 +421,8 @@ def test_each_kernel_is_launched_by_a_primitive_of_its_name():
     names = set(host_cuda.kernel_names(source("float32")))
     primitives = {name for name in vars(CupyKernels) if not name.startswith("_")}
     assert primitives <= set(vars(Kernels))
-    assert {name.replace("attention_softmax", "attention") for name in names} | {"matmul"} == primitives - {
-        "feed_forward", "adamw_all"} | {"adamw"}
+    composed = {"matmul", "feed_forward", "adamw_all", "attention", "attention_grad"}      # of products and the kernels below
+    assert names - {"adamw", "heads", "attention_softmax", "attention_softmax_grad"} == primitives - composed
 
 
 BUGS = {
@@ -526,9 +546,9 @@ class Noted:
             def entry(base, ld, stride, c, i, j):
                 return number.from_address(base + ctypes.sizeof(number) * (c * stride + j * ld + i))
             for c, i, j in np.ndindex(count, m, n):
-                entry(C, ldc, sc, c, i, j).value = math.fsum(
-                    entry(A, lda, sa, c, *((p, i) if ta else (i, p))).value * entry(B, ldb, sb, c, *((j, p) if tb else (p, j))).value
-                    for p in range(k))
+                of_a = [entry(A, lda, sa, c, *((p, i) if ta else (i, p))).value for p in range(k)]
+                of_b = [entry(B, ldb, sb, c, *((j, p) if tb else (p, j))).value for p in range(k)]
+                entry(C, ldc, sc, c, i, j).value = np.dot(of_a, of_b)
         return gemm
 
 

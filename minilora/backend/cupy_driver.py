@@ -84,7 +84,10 @@ def open_gpu(tf32: bool) -> tuple[Any, CupyKernels]:
 
 def why_not_available(cupy: Any) -> str:
     """Why an installed CuPy has no GPU: a driver older than the CUDA version that its wheel is built for, or none at all."""
-    built, driver = cupy.cuda.runtime.runtimeGetVersion() // 1000, cupy.cuda.runtime.driverGetVersion() // 1000
+    try:
+        built, driver = cupy.cuda.runtime.runtimeGetVersion() // 1000, cupy.cuda.runtime.driverGetVersion() // 1000
+    except (AttributeError, RuntimeError):  # no driver that could be asked
+        built = driver = 0
     if 0 < driver < built:
         return (f"CuPy is built for CUDA {built}, but the NVIDIA driver knows only CUDA {driver}: pip uninstall "
                 f'cupy-cuda{built}x, then pip install "minilora[cuda{driver}]", or update the driver')

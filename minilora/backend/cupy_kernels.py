@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
-from .cupy_sources import TOGETHER
+from .cupy_sources import HEADS, TOGETHER
 from .generic import LOWEST, TINY, Array, Kernels
 
 NOTHING = 0         # an array that is not there, as an argument of a kernel
@@ -142,8 +142,8 @@ class CupyKernels(Kernels):
     def _activation(self, name: str, x: Array, slope: bool, bias: Array | None = None) -> tuple[Array, Array | None]:
         y = self.xp.empty(x.shape, dtype=x.dtype)
         s = self.xp.empty(x.shape, dtype=x.dtype) if slope else None
-        self._elements(name, x, x.size, self._whole(x), NOTHING if bias is None else self._whole(bias), *x.shape[-1:] or (1,), y,
-                       NOTHING if s is None else s)
+        self._elements(name, x, x.size, self._whole(x), NOTHING if bias is None else self._whole(bias), *(x.shape[-1:] or (1,)),
+                       y, NOTHING if s is None else s)
         return y, s
 
     def feed_forward(self, x: Array, W1: Array, b1: Array | None, W2: Array, b2: Array | None, activation: str, slope: bool,
@@ -179,7 +179,7 @@ class CupyKernels(Kernels):
             return super().attention(q, k, v, causal, key_mask, scale)
         B, H, T, hd = q.shape
         KV, S = k.shape[1:3]
-        q, k, v = map(self._whole, (q, k, v))
+        q, k, v = self._whole_heads(q, k, v)
         p = self.matmul(q.reshape(B, KV, -1, hd), k, tb=True)      # (B, KV, H/KV·T, S): the scores, then in place p
         lse = self.xp.empty((B, H, T), dtype=q.dtype)
         self.driver.launch("attention_softmax", q.dtype, B * H * T, threads_for(S), p, lse, self._keys(key_mask), H, T, S,
@@ -192,12 +192,36 @@ class CupyKernels(Kernels):
             return super().attention_grad(do, q, k, v, o, lse, causal, key_mask, scale)
         B, H, T, hd = q.shape
         KV, S = k.shape[1:3]
-        do, q, k, v, o, lse = map(self._whole, (do, q, k, v, o, lse))
+        (do, q, k, v), o, lse = self._whole_heads(do, q, k, v), self._whole(o), self._whole(lse)
         do_g, q_g = do.reshape(B, KV, -1, hd), q.reshape(B, KV, -1, hd)
         p, ds = self.matmul(q_g, k, tb=True), self.matmul(do_g, v, tb=True)        # the scores and p̄, then in place p and s̄
         self.driver.launch("attention_softmax_grad", q.dtype, B * H * T, threads_for(S), p, ds, lse, do, o,
                            self._keys(key_mask), H, T, S, hd, int(causal), scale, -math.inf)
-        return self.matmul(ds, k).reshape(B, H, T, hd), self.matmul(ds, q_g, ta=True), self.matmul(p, do_g, ta=True)
+        dq, dk, dv = self.matmul(ds, k).reshape(B, H, T, hd), self.matmul(ds, q_g, ta=True), self.matmul(p, do_g, ta=True)
+        return self._copied_heads([dq, dk, dv], side_by_side=True)
+
+    def _whole_heads(self, *arrays: Array) -> list[Array]:
+        """Arrays (B, H, T, hd), each as it is if it lies by rows, else copied: in one launch."""
+        apart = [a for a in arrays if not a.flags.c_contiguous]
+        copies = iter(self._copied_heads(apart, side_by_side=False))
+        return [a if a.flags.c_contiguous else next(copies) for a in arrays]
+
+    def _copied_heads(self, arrays: list[Array], side_by_side: bool) -> tuple[Array, ...]:
+        """Copies of up to HEADS arrays (B, H, T, hd) in one launch. side_by_side: the heads of a token lie side by side, as
+        (B, T, H, hd), so that joining them into (B, T, H·hd) again, as the gradients of q, k and v are, costs nothing."""
+        if not arrays:
+            return ()
+        copies, arguments = [], []
+        for x in arrays:
+            B, H, T, hd = x.shape
+            y = self.xp.empty((B, T, H, hd) if side_by_side else x.shape, dtype=x.dtype)
+            y = y.transpose(0, 2, 1, 3) if side_by_side else y
+            arguments += [x, y, x.size, H, T, *(step // x.itemsize for step in (*x.strides, *y.strides[:3]))]
+            copies.append(y)
+        arguments += [NOTHING] * (12 * (HEADS - len(arrays)))
+        blocks = min(-(-max(x.size for x in arrays) // 256), 1 << 14) * len(arrays)
+        self.driver.launch("heads", arrays[0].dtype, blocks, 256, *arguments, len(arrays), arrays[0].shape[3])
+        return tuple(copies)
 
     def _keys(self, key_mask: Array | None) -> Any:
         """The mask as one byte a key."""

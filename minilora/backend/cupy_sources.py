@@ -201,7 +201,9 @@ extern "C" __global__ void attention_softmax_grad(T* s, T* dp, const T* lse, con
 
 ELEMENTS = r"""
 // The activations take x + bias, for rows of x of this width, where there is a bias.
-__device__ T biased(const T* x, const T* bias, long long width, long long i) { return bias != 0 ? x[i] + bias[i % width] : x[i]; }
+__device__ T biased(const T* x, const T* bias, long long width, long long i) {
+    return bias != 0 ? x[i] + bias[i % width] : x[i];
+}
 
 // y = x F(x),  F(x) = (1 + erf(x/sqrt 2))/2;   y' = F(x) + x exp(-x^2/2)/sqrt(2 pi)
 extern "C" __global__ void gelu(const T* x, const T* bias, long long width, T* y, T* slope, long long n) {
@@ -263,21 +265,29 @@ extern "C" __global__ void embedding_grad(const long long* ids, const T* dy, T* 
 }
 """
 
-TOGETHER = 16           # parameters that one launch of AdamW takes: all their pointers are arguments, so none is uploaded
+TOGETHER, HEADS = 16, 4     # parameters that one launch of AdamW takes; arrays that one launch of `heads` copies
 
-ADAMW = r"""
+
+def together(text: str, most: int, parameters: str, names: str) -> str:
+    """A kernel on up to `most` arrays of a kind at once. Their pointers and sizes are all arguments, so nothing is uploaded.
+
+    Block b works on array b mod count: CHOOSE sets the variables `names` to those of its array.
+    """
+    cases = [", ".join(f"{name} = {name}{j}" for name in names.split()) for j in range(most)]
+    choose = "".join(f"        case {j}: {case}; break;\n" for j, case in enumerate(cases))
+    text = text.replace("PARAMETERS", ", ".join(parameters.replace("#", str(j)) for j in range(most)))
+    return text.replace("CHOOSE", f"switch (blockIdx.x % count) {{\n{choose}    }}\n    long long blocks = gridDim.x / count;")
+
+
+ADAMW = together(r"""
 // m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  p <- p - rate decay p - rate c1 m / (c2 sqrt v + eps),
 // c1 = 1/(1 - b1^t),  c2 = 1/sqrt(1 - b2^t);  rate = rates[i / each], or `lr` if there are no rates.
-// Block b works on parameter b mod count, which has n elements.
 extern "C" __global__ void adamw(PARAMETERS, long long count, const T* rates, double lr, double b1, double b2, double eps,
                                  double decay, double c1, double c2) {
-    T *p = p0, *m = m0, *v = v0;
-    const T* g = g0;
-    long long n = n0, each = each0;
-    switch (blockIdx.x % count) {
-CASES
-    }
-    long long blocks = gridDim.x / count;
+    T *p = 0, *m = 0, *v = 0;
+    const T* g = 0;
+    long long n = 0, each = 1;
+    CHOOSE
     for (long long i = blockIdx.x / count * blockDim.x + threadIdx.x; i < n; i += blocks * blockDim.x) {
         T rate = rates != 0 ? rates[i / each] : T(lr), a = m[i] * T(b1) + T(1 - b1) * g[i];
         T b = v[i] * T(b2) + T(1 - b2) * (g[i] * g[i]), old = p[i];
@@ -287,12 +297,25 @@ CASES
         p[i] = old - a / (sqrt(b) * T(c2) + T(eps)) * (rate * T(c1));
     }
 }
-""".replace("PARAMETERS", ", ".join(f"T* p{j}, const T* g{j}, T* m{j}, T* v{j}, long long n{j}, long long each{j}"
-                                    for j in range(TOGETHER))
-            ).replace("CASES", "\n".join(f"    case {j}: p = p{j}, g = g{j}, m = m{j}, v = v{j}, n = n{j}, each = each{j}; break;"
-                                         for j in range(1, TOGETHER)))
+""", TOGETHER, "T* p#, const T* g#, T* m#, T* v#, long long n#, long long each#", "p g m v n each")
+
+COPIES = together(r"""
+// y = x for x (B, H, N, width) with any strides, s, and y whose last axis is contiguous, with strides t for the others.
+extern "C" __global__ void heads(PARAMETERS, long long count, long long width) {
+    const T* x = 0;
+    T* y = 0;
+    long long n = 0, H = 1, N = 1, sb = 0, sh = 0, sn = 0, sd = 0, tb = 0, th = 0, tn = 0;
+    CHOOSE
+    for (long long i = blockIdx.x / count * blockDim.x + threadIdx.x; i < n; i += blocks * blockDim.x) {
+        long long d = i % width, row = i / width, t = row % N, h = row / N % H, b = row / (N * H);
+        y[b * tb + h * th + t * tn + d] = x[b * sb + h * sh + t * sn + d * sd];
+    }
+}
+""", HEADS, "const T* x#, T* y#, long long n#, long long H#, long long N#, long long sb#, long long sh#, long long sn#, "
+            "long long sd#, long long tb#, long long th#, long long tn#", "x y n H N sb sh sn sd tb th tn")
 
 
 def source(dtype: str) -> str:
     """The whole source for "float32" or "float64"."""
-    return "\n".join([f"typedef {'float' if dtype == 'float32' else 'double'} T;", COMMON, ROWS, ATTENTION, ELEMENTS, ADAMW])
+    T = {"float32": "float", "float64": "double"}[dtype]
+    return "\n".join([f"typedef {T} T;", COMMON, ROWS, ATTENTION, ELEMENTS, ADAMW, COPIES])

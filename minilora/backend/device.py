@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DeviceError
 from .generic import Kernels
 from .numpy_fast import NumpyKernels
 
