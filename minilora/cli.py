@@ -15,7 +15,7 @@ from typing import Any
 import minilora
 
 from . import bench
-from .backend import current_device, set_device
+from .backend import DeviceError, current_device, set_device
 from .rank.report import analyze
 from .studies import STUDIES, Options
 from .studies.common import writable_folder
@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(args, "device", None):
             set_device(args.device)
         args.action(args)
-    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError, DeviceError,
+            MemoryError) as error:
         return _complain(error, 2)
     except (RuntimeError, FloatingPointError, OSError) as error:
         return _complain(error, 1)

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+import minilora as ml
 import minilora.backend.device as device_module
 from minilora.backend import (
     Device,
+    DeviceError,
     array_module,
     current_device,
     device_of,
+    enough_memory,
     get_device,
     host_rng,
     kernels,
@@ -25,6 +28,7 @@ from minilora.backend import (
     to_device,
     to_host,
 )
+from minilora.backend.cupy_kernels import CupyKernels
 
 
 @pytest.fixture
@@ -111,17 +115,141 @@ def test_a_wrong_name_in_the_environment_is_an_error(fresh):
 def test_gpu_without_cupy_says_what_to_install(fresh):
     fresh.setitem(sys.modules, "cupy", None)                                 # how Python notes "cannot be imported"
     for ask in (set_device, get_device, lambda name: to_device([1.0], name)):
-        with pytest.raises(RuntimeError, match=r'needs CuPy.*pip install "minilora\[cuda13\]"') as error:
+        with pytest.raises(DeviceError, match=r'needs CuPy.*pip install "minilora\[cuda13\]"') as error:
             ask("gpu")
         assert "\n" not in str(error.value)
 
 
-def test_gpu_without_a_driver_says_where_to_look(fresh):
+def pretended_cupy(patch, available=True, built=13020, driver=12040, cublas=True, nvrtc=True):
+    """A CuPy as far as opening it looks at it: CUDA versions of its wheel and of the driver, libraries found or not."""
+    def version():
+        if not nvrtc:
+            raise RuntimeError('Failure finding "libnvrtc.so.13": No such file')
+        return 13, 0
+
+    cupy, backends, libs = ModuleType("cupy"), ModuleType("cupy_backends.cuda"), ModuleType("cupy_backends.cuda.libs")
+    runtime = SimpleNamespace(runtimeGetVersion=lambda: built, driverGetVersion=lambda: driver)
+    cupy.cuda = SimpleNamespace(runtime=runtime, nvrtc=SimpleNamespace(getVersion=version),
+                                device=SimpleNamespace(get_cublas_handle=lambda: 1))
+    cupy.is_available, cupy.ndarray = lambda: available, type("ndarray", (), {})
+    cupy.asarray = cupy.asnumpy = lambda array: array
+    cupy.__name__ = "cupy"
+    if cublas:
+        libs.cublas = SimpleNamespace(sgemm=None, dgemm=None, sgemmStridedBatched=None, dgemmStridedBatched=None)
+    for name, module in (("cupy", cupy), ("cupy_backends", ModuleType("cupy_backends")), ("cupy_backends.cuda", backends),
+                         ("cupy_backends.cuda.libs", libs)):
+        patch.setitem(sys.modules, name, module)
+    return cupy
+
+
+@pytest.mark.parametrize("driver", [0, 13020, 14000])
+def test_gpu_without_a_driver_says_where_to_look(fresh, driver):
+    pretended_cupy(fresh, available=False, driver=driver)
+    with pytest.raises(DeviceError, match=r'no usable NVIDIA GPU.*nvidia-smi.*set_device\("cpu"\)') as error:
+        set_device("gpu")
+    assert "\n" not in str(error.value)
+
+
+def test_gpu_whose_driver_cannot_be_asked(fresh):
     cupy = ModuleType("cupy")
     cupy.is_available = lambda: False
     fresh.setitem(sys.modules, "cupy", cupy)
-    with pytest.raises(RuntimeError, match=r'no usable NVIDIA GPU.*nvidia-smi.*set_device\("cpu"\)'):
+    with pytest.raises(DeviceError, match="no usable NVIDIA GPU"):
         set_device("gpu")
+
+
+def test_a_wheel_newer_than_the_driver_names_the_one_that_fits(fresh):
+    pretended_cupy(fresh, available=False)
+    with pytest.raises(DeviceError, match=r'built for CUDA 13, but the NVIDIA driver knows only CUDA 12: pip uninstall '
+                                          r'cupy-cuda13x, then pip install "minilora\[cuda12\]", or update') as error:
+        set_device("gpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["cublas", "nvrtc"])
+def test_a_wheel_without_its_libraries_says_what_brings_them(fresh, missing):
+    pretended_cupy(fresh, **{missing: False})
+    with pytest.raises(DeviceError, match=r'no cuBLAS or NVRTC .*: pip install "minilora\[cuda13\]"') as error:
+        set_device("gpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("what", ["shared library", "another module"])
+def test_a_cupy_that_does_not_load_is_told_from_none(fresh, tmp_path, what):
+    told = "\n====\nFailed to import CuPy.\n\nOriginal error:\n  libcudart.so.13 not found\n====\n"
+    (tmp_path / "cupy.py").write_text(f"raise ImportError({told!r})" if what == "shared library" else "import no_such_module")
+    fresh.syspath_prepend(tmp_path)
+    fresh.delitem(sys.modules, "cupy", raising=False)
+    with pytest.raises(DeviceError, match=r"installed but does not load \((Failed|No module).*pip install") as error:
+        set_device("gpu")
+    assert "\n" not in str(error.value)
+
+
+# TF32
+
+def test_tf32_is_asked_for(fresh):
+    pretended_cupy(fresh)
+    set_device("gpu")
+    assert get_device("gpu").kernels.tf32 is False and isinstance(get_device("gpu").kernels, CupyKernels)
+    for asked, then in ((True, True), (None, True), (False, False)):
+        set_device("gpu", tf32=asked)
+        assert get_device("gpu").kernels.tf32 is then
+
+
+@pytest.mark.parametrize(("value", "then"), [("1", True), ("0", False), ("", False)])
+def test_tf32_from_the_environment(fresh, value, then):
+    pretended_cupy(fresh)
+    fresh.setenv("MINILORA_TF32", value)
+    assert get_device("gpu").kernels.tf32 is then
+
+
+def test_tf32_is_the_gpus_alone(fresh):
+    with pytest.raises(ValueError, match=r"tf32=True on device 'cpu', which has no TF32: leave it out"):
+        set_device("cpu", tf32=True)
+    set_device("cpu", tf32=False)
+    assert current_device().name == "cpu"
+
+
+# Out of memory
+
+class OutOfMemory(MemoryError):
+    """As CuPy's."""
+
+
+def exhausted(*args):
+    raise OutOfMemory("Out of memory allocating 1,024 bytes\n(allocated so far: 512 bytes).")
+
+
+TOO_LITTLE = (r"out of memory on device '(\w+)' \(Out of memory allocating 1,024 bytes \(allocated so far: 512 bytes\)\.\): "
+              r"use fewer rows or shorter sequences .*chunk=")
+
+
+def test_out_of_memory_on_the_way_to_the_device_says_what_to_change(fresh):
+    cupy = pretended_cupy(fresh)
+    cupy.asarray = exhausted
+    with pytest.raises(MemoryError, match=TOO_LITTLE) as error:
+        to_device(np.ones(3), "gpu")
+    assert "\n" not in str(error.value) and "'gpu'" in str(error.value)
+
+
+def test_out_of_memory_is_explained_once():
+    with pytest.raises(MemoryError) as error, enough_memory("gpu"), enough_memory("gpu"):
+        exhausted()
+    assert str(error.value).count("use fewer rows") == 1
+
+
+@pytest.mark.parametrize("how", ["train", "sweep"])
+def test_out_of_memory_in_training_says_what_to_change(device, how, monkeypatch):
+    model = ml.Transformer(ml.TransformerConfig.gpt2(vocab_size=9, d_model=4, n_layers=1, n_heads=1), seed=0)
+    config, settings = ml.LoraConfig(r=1, target_modules=["q_proj"]), ml.TrainConfig(steps=1, progress=False)
+    batch = np.zeros((1, 3), int), np.zeros((1, 3), int)
+    monkeypatch.setattr(type(get_device(device).kernels), "cross_entropy", exhausted)
+    with pytest.raises(MemoryError, match=TOO_LITTLE):
+        if how == "train":
+            ml.add_adapter(model, config)
+            ml.train(model, [batch], settings)
+        else:
+            ml.sweep(model, lambda i, rng: batch, [config], seeds=(0,), lrs=(0.1,), train=settings)
 
 
 def test_the_backend_does_not_import_cupy_by_itself():

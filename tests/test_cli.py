@@ -65,7 +65,14 @@ def test_unwritable_out_is_refused_before_any_work(tmp_path, capsys, monkeypatch
 def test_devices(capsys, monkeypatch):
     assert "tpu" in fails(["study", "rank-quality", "--device", "tpu"], capsys)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert "pip install" in fails(["study", "rank-quality", "--device", "gpu"], capsys, code=1)
+    assert "pip install" in fails(["study", "rank-quality", "--device", "gpu"], capsys)
+
+
+def test_out_of_memory_is_one_line(capsys, monkeypatch):
+    def work(*_):
+        raise MemoryError("out of memory on device 'gpu': use fewer rows")
+    monkeypatch.setattr(rank_quality, "run", work)
+    assert fails(["study", "rank-quality"], capsys).endswith("use fewer rows")
 
 
 def test_negative_seed(capsys):

@@ -129,13 +129,14 @@ class LoRALinear(Op):
     def backward(self, dy):                                     # (..., out)
         x, W, sB, A, U = self.kept
         groups = A[0].shape[:-2]
-        multiply = kernels(dy).matmul
+        K = kernels(dy)
+        multiply = K.matmul
         dy2 = rows(dy, groups)
         needs_A, needs_B = self.needs[3::2], self.needs[4::2]
         if U is None:
             U = [multiply(rows(x, groups), a, tb=True) if need else None for a, need in zip(A, needs_B, strict=True)]
         branch = self.needs[0] and not self.formed
-        Z = [multiply(dy2[..., block], s_B) if need or branch else None                     # (n, r)
+        Z = [K.columns_product(dy2, block, s_B) if need or branch else None                     # (n, r)
              for block, s_B, need in zip(self.blocks, sB, needs_A, strict=True)]
 
         dx, shape = None, (*dy.shape[:-1], A[0].shape[-1])
@@ -152,7 +153,7 @@ class LoRALinear(Op):
         gradients = []
         for j, (s, m, block) in enumerate(zip(self.scales, self.masks, self.blocks, strict=True)):
             gradients.append(multiply(Z[j], masked(x, m, groups), ta=True) if needs_A[j] else None)
-            gradients.append(times(s, multiply(dy2[..., block], U[j], ta=True)) if needs_B[j] else None)
+            gradients.append(times(s, K.columns_product_t(dy2, block, U[j])) if needs_B[j] else None)
         return dx, dW, db, *gradients
 
 

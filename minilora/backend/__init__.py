@@ -6,6 +6,7 @@ from .device import (
     array_module,
     current_device,
     device_of,
+    enough_memory,
     get_device,
     host_rng,
     kernels,
@@ -14,6 +15,7 @@ from .device import (
     to_device,
     to_host,
 )
+from .errors import DeviceError
 
-__all__ = ["Array", "Device", "array_module", "current_device", "device_of", "get_device", "host_rng", "kernels",
-           "register_device", "set_device", "to_device", "to_host"]
+__all__ = ["Array", "Device", "DeviceError", "array_module", "current_device", "device_of", "enough_memory", "get_device",
+           "host_rng", "kernels", "register_device", "set_device", "to_device", "to_host"]

@@ -8,7 +8,8 @@ other through `to_device` and `to_host`, and nowhere else, because every crossin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,20 +48,14 @@ _devices[np.generic] = CPU
 
 
 def _gpu() -> Device:
-    """CuPy as a device, imported only when somebody asks for it."""
-    try:
-        import cupy
-    except ImportError:
-        raise RuntimeError('device "gpu" needs CuPy, which is not installed: pip install "minilora[cuda13]" (or [cuda12], '
-                           "to match the CUDA version that nvidia-smi prints)") from None
-    if not cupy.is_available():
-        raise RuntimeError('device "gpu": CuPy is installed but finds no usable NVIDIA GPU or driver; check nvidia-smi, '
-                           'or use set_device("cpu")')
-    return register_device(Device("gpu", cupy, cupy.ndarray, Kernels(cupy), cupy.asarray, cupy.asnumpy))
+    """CuPy as a device, imported only when somebody asks for it. Raises DeviceError if it cannot run."""
+    from .cupy_driver import open_gpu
+    cupy, own = open_gpu(tf32=os.environ.get("MINILORA_TF32", "0") not in ("", "0"))
+    return register_device(Device("gpu", cupy, cupy.ndarray, own, cupy.asarray, cupy.asnumpy))
 
 
 def get_device(name: str) -> Device:
-    """The device called `name` ("cpu" or "gpu"). Raises ValueError for an unknown name, RuntimeError without a GPU."""
+    """The device called `name` ("cpu" or "gpu"). Raises ValueError for an unknown name, DeviceError without a GPU."""
     for device in _devices.values():
         if device.name == name:
             return device
@@ -70,13 +65,23 @@ def get_device(name: str) -> Device:
     raise ValueError(f'unknown device {name!r}: expected one of {", ".join(known)}')
 
 
-def set_device(name: str) -> None:
+def set_device(name: str, *, tf32: bool | None = None) -> None:
     """Choose where new models and tensors are built: "cpu" (NumPy) or "gpu" (CuPy).
 
     The environment variable MINILORA_DEVICE sets the first value. Models that exist already stay where they are
-    (`model.to(name)` moves one). Raises ValueError for an unknown name and RuntimeError, saying what to install, without CuPy.
+    (`model.to(name)` moves one). tf32, for the GPU: True lets float32 products round their factors to 10 bits (TF32), which
+    is several times as fast and good to about three digits; False, the default, does not; None leaves it as it is. The
+    environment variable MINILORA_TF32=1 sets its first value.
+
+    Raises ValueError for an unknown name, or for tf32=True on a device that has none; DeviceError (a RuntimeError), saying what
+    to install or change, without CuPy or a GPU.
     """
-    _current[:] = [get_device(name)]
+    device = get_device(name)
+    if tf32 and device.kernels.tf32 is None:
+        raise ValueError(f'tf32=True on device {name!r}, which has no TF32: leave it out, or use set_device("gpu", tf32=True)')
+    if tf32 is not None and device.kernels.tf32 is not None:
+        device.kernels.tf32 = tf32
+    _current[:] = [device]
 
 
 def current_device() -> Device:
@@ -133,7 +138,21 @@ def to_device(array: Any, device: str | None = None) -> Array:
     target = get_device(device) if device else current_device()
     if isinstance(array, target.array_type):
         return array
-    return target.put(to_host(array))
+    with enough_memory(target.name):
+        return target.put(to_host(array))
+
+
+@contextmanager
+def enough_memory(device: str) -> Iterator[None]:
+    """What runs out of memory inside this block raises a MemoryError that says, in one line, what to change."""
+    try:
+        yield
+    except MemoryError as error:
+        if str(error).startswith("out of memory on device"):
+            raise
+        raise MemoryError(f"out of memory on device {device!r} ({' '.join(str(error).split())}): use fewer rows or shorter "
+                          "sequences in a batch (TrainConfig(accumulate=...) keeps the sum), fewer cells of a sweep at once "
+                          "(chunk=...), or a smaller model") from None
 
 
 def to_host(array: Any) -> np.ndarray:

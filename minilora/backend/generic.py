@@ -24,8 +24,11 @@ TINY = 1e-30    # stands in for its sum of 0
 class Kernels:
     """The primitives for one array library `xp`. Arrays in, new arrays out; nothing is changed in place unless it says so."""
 
+    tf32: bool | None = None      # whether float32 products may round to TF32; None where the device has none
+
     def __init__(self, xp: Any) -> None:
         self.xp = xp
+        self.reads_slices = xp.__name__ == "numpy"     # whether a product takes some columns of a matrix without a copy
 
     # What runs side by side
 
@@ -49,6 +52,20 @@ class Kernels:
         if a.ndim == b.ndim == 2:
             return a @ b
         return self.xp.ascontiguousarray(a) @ self.xp.ascontiguousarray(b)
+
+    def columns_product(self, x: Array, block: slice, b: Array) -> Array:      # (..., n, out), (..., w, r) -> (..., n, r)
+        """x[..., block] @ b. Where a product cannot read some columns, it reads all of them, against zeros."""
+        if self.reads_slices or x.shape[-1] == b.shape[-2]:
+            return self.matmul(x[..., block], b)
+        padded = self.xp.zeros((*b.shape[:-2], x.shape[-1], b.shape[-1]), dtype=b.dtype)
+        padded[..., block, :] = b
+        return self.matmul(x, padded)
+
+    def columns_product_t(self, x: Array, block: slice, b: Array) -> Array:    # (..., n, out), (..., n, r) -> (..., w, r)
+        """x[..., block]ᵀ @ b, likewise."""
+        if self.reads_slices:
+            return self.matmul(x[..., block], b, ta=True)
+        return self.matmul(x, b, ta=True)[..., block, :]
 
     def add_products(self, W: Array, terms: list[tuple[slice, Array, Array]]) -> Array:
         """W with B @ A added to the given rows, in a new array. With B (K, out, r), A (K, r, in): K of them, (K, out, in)."""
@@ -255,3 +272,10 @@ class Kernels:
         update = m / (self.xp.sqrt(v) * (1.0 - beta2**step) ** -0.5 + eps)
         update *= lr * (1.0 / (1.0 - beta1**step))
         p -= update
+
+    def adamw_all(self, due: list[tuple[Array, Array, Array, Array, int]], lr: Any, betas: tuple[float, float], eps: float,
+                  weight_decay: float) -> None:
+        """`adamw` for several parameters: p, g, m, v and step of each. lr is a number, or (K,) for parameters (K, ...)."""
+        for p, g, m, v, step in due:
+            rate = lr if isinstance(lr, float) else lr.reshape(-1, *[1] * (p.ndim - 1))
+            self.adamw(p, g, m, v, rate, betas, eps, weight_decay, step)

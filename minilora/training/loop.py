@@ -17,7 +17,7 @@ import numpy as np
 from tqdm.std import tqdm
 
 from ..autograd import Tensor, cross_entropy, no_grad
-from ..backend import Array, array_module, to_host
+from ..backend import Array, array_module, device_of, enough_memory, to_host
 from ..lora.model import adaptations
 from ..nn import Module, Transformer
 from .checkpoint import generator_states, load_checkpoint, load_generator_states, load_parameters, save_checkpoint
@@ -121,14 +121,14 @@ def train(model: Module, batches: Batches, config: TrainConfig, *, loss: Callabl
     for bit on NumPy, if the batches are repeatable: an iterable is read again from its start, and what was used is skipped.
 
     Raises ValueError if nothing trains, adapters are merged, batches run out, or the checkpoint is another run's;
-    FloatingPointError, naming the step, if the loss is not finite.
+    FloatingPointError, naming the step, if the loss is not finite; MemoryError, saying what to change, if memory runs out.
     """
     run = _Run(model, config, loss, evaluate, optimizer)
     run.resume()
     source = batch_source(batches, run.step * config.accumulate, config.steps * config.accumulate)
     bar = tqdm(total=config.steps, initial=run.step, leave=False, disable=None if config.progress else True, unit="step")
     try:
-        with in_mode(model, True), bar:
+        with enough_memory(device_of(next(iter(run.params.values())).data).name), in_mode(model, True), bar:
             while not run.done:
                 run.advance([next(source) for _ in range(config.accumulate)])
                 bar.update()

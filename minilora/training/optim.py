@@ -53,11 +53,19 @@ class Optimizer:
         states = iter(self.state)
         for group in self.groups:
             lr = group["lr"] * factor                          # a number, or (K,)
+            due = []
             for p in group["params"]:
                 state = next(states)
                 if p.grad is not None:
                     state["step"] += 1
-                    self.update(p, state, group, lr if isinstance(lr, float) else lr.reshape(-1, *[1] * (p.ndim - 1)))
+                    due.append((p, state))
+            if due:
+                self.update_all(due, group, lr)
+
+    def update_all(self, due: list[tuple[Any, dict[str, Any]]], group: dict[str, Any], lr: Any) -> None:
+        """One step of several parameters and their states; lr is a number, or (K,)."""
+        for p, state in due:
+            self.update(p, state, group, lr if isinstance(lr, float) else lr.reshape(-1, *[1] * (p.ndim - 1)))
 
     def update(self, p: Any, state: dict[str, Any], group: dict[str, Any], lr: Any) -> None:
         """One step of one parameter; lr is a number or broadcasts to p."""
@@ -106,9 +114,9 @@ class AdamW(Optimizer):
                  weight_decay: float = 0.01) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def update(self, p: Any, state: dict[str, Any], group: dict[str, Any], lr: Any) -> None:
-        kernels(p.data).adamw(p.data, p.grad, state["m"], state["v"], lr, group["betas"], group["eps"],
-                              group["weight_decay"], state["step"])
+    def update_all(self, due: list[tuple[Any, dict[str, Any]]], group: dict[str, Any], lr: Any) -> None:
+        arrays = [(p.data, p.grad, state["m"], state["v"], state["step"]) for p, state in due]
+        kernels(*(p.data for p, _ in due)).adamw_all(arrays, lr, group["betas"], group["eps"], group["weight_decay"])
 
 
 class SGD(Optimizer):

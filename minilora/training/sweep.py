@@ -19,7 +19,7 @@ import numpy as np
 from tqdm.std import tqdm
 
 from ..autograd import Tensor, matmul, no_grad
-from ..backend import Array, array_module, device_of, to_device, to_host
+from ..backend import Array, array_module, device_of, enough_memory, to_device, to_host
 from ..lora import Adapter, LoRA, LoraConfig, Replacement, adapters_of, add_adapter, delete_adapter, set_adapter
 from ..lora.model import adaptations
 from ..nn import Dropout, Parameter, Transformer
@@ -104,7 +104,8 @@ def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seed
     not depend on it beyond rounding. A diverging cell gets NaN and leaves the others alone.
 
     The model is left as it was, also after an exception; adapters that are on it are set aside meanwhile.
-    Raises ValueError for configs that differ in their modules or cannot be stacked, dropout, and options out of range.
+    Raises ValueError for configs that differ in their modules or cannot be stacked, dropout, and options out of range;
+    MemoryError, saying what to change, if memory runs out.
     """
     cells = [Cell(i, config, seed, float(lr)) for i, (config, seed, lr) in
              enumerate(itertools.product(configs, seeds, (train.lr,) if lrs is None else lrs))]
@@ -112,7 +113,8 @@ def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seed
     evaluate = None if evaluate is None else eval_batches(evaluate)
     parts: list[_Chunk] = []
     order: list[int] = []
-    with plain_base(model), np.errstate(all="ignore"):
+    device = device_of(model.embed.weight.data).name
+    with enough_memory(device), plain_base(model), np.errstate(all="ignore"):
         adapters = [_drawn(model, cell) for cell in cells]
         _check_stackable(adapters)
         order = sorted(range(len(cells)), key=lambda k: _size(adapters[k]))    # chunks of similar rank: little is padding
