@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..autograd import cross_entropy, no_grad
+from ..autograd import no_grad
 from ..backend import current_device, to_host
 from ..lora import add_adapter, count_parameters, merge_adapter
 from ..nn import generate
@@ -31,7 +31,7 @@ class MiniloraStep:
     def step(self) -> Any:
         """The loss. To bring it to the host is to wait until the device has done the step."""
         ids, targets = next(self.batches)
-        loss = cross_entropy(self.model(ids), targets)
+        loss = self.model.loss(ids, targets)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
