@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,10 +44,9 @@ def resize(directory: str | os.PathLike[str], out: str | os.PathLike[str], *, ra
         if "A" not in entry:
             return entry, None
         A, B, r = entry["A"], entry["B"], entry["A"].shape[0]
-        U, S, Vh = factored_svd(B.astype(np.float64), A.astype(np.float64))
-        q = chosen_rank(S, rank, energy)
+        B1, A1, S = cut_to(B, A, lambda S: chosen_rank(S, rank, energy))
+        q = B1.shape[1]
         if q < r:
-            B1, A1 = low_rank_factors(U[:, :q], S[:q], Vh[:q])
             entry = stored(entry | {"A": A1, "B": B1}, dtypes[path])
         size = float(np.linalg.norm(S))
         error = distance(B, A, entry["B"], entry["A"]) if q < r else 0.0
@@ -123,11 +122,9 @@ def _combined(entries: list[dict[str, Any]], scales: list[float], how: str, rank
     made: dict[str, Any] = {"A": A, "B": B, "scale": 1.0, "embedding": entries[0]["embedding"]}
     size, predicted = norm(B, A), None
     if how == "svd":
-        U, S, Vh = factored_svd(B, A)
-        q = min(rank or max(ranks), len(S))
-        made["B"], made["A"] = low_rank_factors(U[:, :q], S[:q], Vh[:q])
+        made["B"], made["A"], S = cut_to(B, A, lambda S: min(rank or max(ranks), len(S)))
         size = float(np.linalg.norm(S))
-        predicted = relative(float(eckart_young_errors(S)[q]), size)
+        predicted = relative(float(eckart_young_errors(S)[len(made["A"])]), size)
     elif scales[0] and len(set(scales)) == 1:              # one common c stays the scale: B is not rounded again
         made |= {"B": np.concatenate([e["B"] for e in entries], axis=1), "scale": scales[0]}
     if any_bias and not made["embedding"]:
@@ -161,6 +158,24 @@ def _fit(path: str, shapes: list[tuple[str, dict[str, Any]]]) -> None:
         if sizes[0] != sizes[1]:
             raise ValueError(f"{path} is {sizes[0][0]}×{sizes[0][1]} in {first} and {sizes[1][0]}×{sizes[1][1]} in {folder}: "
                              "expected adapters of one base")
+
+
+def cut_to(B: np.ndarray, A: np.ndarray, rank_of: Callable[[np.ndarray], int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    # (d, r), (r, k) -> (d, q), (q, k), (min(d, r, k),)
+    """Balanced factors of the best approximation of B@A of rank q = rank_of(S), and all singular values S. float64.
+
+    With B = Q_b R_b, Aᵀ = Q_a R_a and R_b R_aᵀ = u Σ vᵀ, the factors are Q_b u √Σ = B R_aᵀ v / √Σ and √Σ vᵀ Q_aᵀ = uᵀ R_b A / √Σ.
+    So neither Q is needed, which is half the work, unless a σ is so small that to divide by it would cost digits.
+    """
+    B, A = B.astype(np.float64), A.astype(np.float64)
+    R_b, R_a = np.linalg.qr(B, mode="r"), np.linalg.qr(A.T, mode="r")
+    u, S, vh = np.linalg.svd(R_b @ R_a.T, full_matrices=False)
+    q = rank_of(S)
+    if not S[q - 1] > 1e-6 * S[0]:
+        U, S, Vh = factored_svd(B, A)
+        return *low_rank_factors(U[:, :q], S[:q], Vh[:q]), S
+    root = np.sqrt(S[:q])
+    return B @ (R_a.T @ vh[:q].T / root), (u[:, :q] / root).T @ R_b @ A, S
 
 
 def checked_size(rank: int | None, energy: float | None) -> None:
