@@ -48,7 +48,7 @@ NEUTRAL: dict[str, Any] = {                                # they say nothing ab
 }
 BASE_CHANGING_INITS = re.compile("pissa|olora|corda|lora_ga|loftq")       # such an update belongs to a changed base
 KEPT = ("task_type", "base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "use_rslora", "init_lora_weights",
-        "lora_bias", "module_names")                                    # what a written config takes over; the modules say the rest
+        "lora_bias", "module_names")                       # what a written config takes over; the modules say the rest
 
 
 def _number(value: Any) -> bool:
@@ -161,7 +161,7 @@ def config_text(config: dict[str, Any], factors: dict[str, tuple[int, float]], w
                 target_modules: list[str] | None = None) -> bytes:
     """adapter_config.json for modules of these (rank, scale), and others saved whole. Raises ValueError without factors."""
     if not factors:
-        raise ValueError(f"no module has a low-rank update, got {', '.join(sorted(whole)) or 'none'}: there is no LoRA to write")
+        raise ValueError(f"no module has a low-rank update, got {', '.join(sorted(whole)) or 'none'}: no LoRA to write")
     root = 0.5 if config.get("use_rslora") else 1.0
     rank, rank_pattern = by_module({path: r for path, (r, _) in factors.items()})
     alpha, alpha_pattern = by_module({path: _plain(scale * r**root) for path, (r, scale) in factors.items()})
@@ -245,8 +245,9 @@ def module_entry(path: str, leaves: dict[str, Any], options: dict[str, Any], con
     first, second = ("lora_embedding_B", "lora_embedding_A") if table else ("lora_A.weight", "lora_B.weight")
     base = {f"base_{leaf}": leaves[f"base_layer.{leaf}"] for leaf in ("weight", "bias") if f"base_layer.{leaf}" in leaves}
     whole: dict[str, Any] = {leaf: leaves[leaf] for leaf in ("weight", "bias") if leaf in leaves}
-    added = {"lora_B.bias"} if options["lora_bias"] and not table else set()
-    if leaves.keys() - whole.keys() - {f"base_layer.{leaf}" for leaf in ("weight", "bias")} != {first, second} | added:
+    bias = {"lora_bias": leaves.get("lora_B.bias")} if options["lora_bias"] and not table else {}
+    expected = {first, second, "lora_B.bias"} if bias else {first, second}
+    if leaves.keys() - whole.keys() - {f"base_layer.{leaf}" for leaf in ("weight", "bias")} != expected:
         if set(leaves) - {"bias"} != {"weight"}:
             raise ValueError(f"{path} has {', '.join(sorted(leaves))}, expected lora_A and lora_B, or a weight: save it again")
         # A table that is not in modules_to_save is PEFT's copy of a base whose vocabulary was resized.
@@ -256,8 +257,7 @@ def module_entry(path: str, leaves: dict[str, Any], options: dict[str, Any], con
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != r or B.shape[1] != r:
         raise ValueError(f"{path} has {first} {leaves[first].shape} and {second} {leaves[second].shape}, expected matrices of "
                          f"the config's rank {r}: do the two files belong together?")
-    return {"A": A, "B": B, "scale": float(config.scale((path,))), "embedding": table} | base | {
-        "lora_bias": leaves[key] for key in added}
+    return {"A": A, "B": B, "scale": float(config.scale((path,))), "embedding": table} | base | bias
 
 
 def by_module(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.std import tqdm
 
 from ..backend.parallel import in_order
 from ..lora.peft_format import (

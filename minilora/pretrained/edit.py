@@ -17,8 +17,8 @@ from ..rank.measures import eckart_young_errors, energy_rank
 from .adapters import AdapterFolder, EditReport, distance, norm, relative, stored, widest, write_modules
 from .tensors import new_folder
 
-COLUMNS = {"shape": "shape", "rank_before": "before", "rank": "rank", "predicted_error": "predicted", "measured_error": "measured",
-           "linear_error": "linear"}
+COLUMNS = {"shape": "shape", "rank_before": "before", "rank": "rank", "predicted_error": "predicted",
+           "measured_error": "measured", "linear_error": "linear"}
 
 
 def resize(directory: str | os.PathLike[str], out: str | os.PathLike[str], *, rank: int | None = None,
@@ -81,8 +81,8 @@ def compose(directories: Sequence[str | os.PathLike[str]], out: str | os.PathLik
     if how not in ("cat", "svd"):
         raise ValueError(f'how = {how!r}, expected "cat" (exact, the ranks add up) or "svd" (cut to a rank)')
     if not directories or len(weights) != len(directories) or not all(map(math.isfinite, weights)):
-        raise ValueError(f"got {len(directories)} adapters and weights {list(weights)}, expected one finite number for each of one "
-                         "or more adapters")
+        raise ValueError(f"got {len(directories)} adapters and weights {list(weights)}, expected one finite number for each "
+                         "of one or more adapters")
     if rank is not None:
         if how == "cat":
             raise ValueError(f'rank = {rank} with how = "cat", whose rank is the sum of all: take how = "svd" to cut it')
@@ -164,11 +164,11 @@ def cut_to(B: np.ndarray, A: np.ndarray, rank_of: Callable[[np.ndarray], int]) -
     # (d, r), (r, k) -> (d, q), (q, k), (min(d, r, k),)
     """Balanced factors of the best approximation of B@A of rank q = rank_of(S), and all singular values S. float64.
 
-    With B = Q_b R_b, Aᵀ = Q_a R_a and R_b R_aᵀ = u Σ vᵀ, the factors are Q_b u √Σ = B R_aᵀ v / √Σ and √Σ vᵀ Q_aᵀ = uᵀ R_b A / √Σ.
-    So neither Q is needed, which is half the work, unless a σ is so small that to divide by it would cost digits.
+    With B = Q_b R_b, Aᵀ = Q_a R_a and R_b R_aᵀ = u Σ vᵀ, they are Q_b u √Σ = B R_aᵀ v / √Σ and √Σ vᵀ Q_aᵀ = uᵀ R_b A / √Σ. So
+    neither Q is needed, which is half the work, unless a σ is so small that to divide by it would cost digits.
     """
     B, A = B.astype(np.float64), A.astype(np.float64)
-    R_b, R_a = np.linalg.qr(B, mode="r"), np.linalg.qr(A.T, mode="r")
+    R_b, R_a = np.asarray(np.linalg.qr(B, mode="r")), np.asarray(np.linalg.qr(A.T, mode="r"))
     u, S, vh = np.linalg.svd(R_b @ R_a.T, full_matrices=False)
     q = rank_of(S)
     if not S[q - 1] > 1e-6 * S[0]:
@@ -181,7 +181,7 @@ def cut_to(B: np.ndarray, A: np.ndarray, rank_of: Callable[[np.ndarray], int]) -
 def checked_size(rank: int | None, energy: float | None) -> None:
     """Raise ValueError unless one of the two is given, and in range."""
     if (rank is None) == (energy is None):
-        raise ValueError(f"got rank = {rank} and energy = {energy}, expected one of the two: a rank, or the share of Σσ² to keep")
+        raise ValueError(f"got rank = {rank} and energy = {energy}, expected one of them: a rank, or the share of Σσ² to keep")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ValueError(f"rank = {rank!r}, expected a whole number of at least 1")
     if energy is not None and not 0 < energy <= 1:

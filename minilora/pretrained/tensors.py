@@ -88,13 +88,12 @@ class TensorWriter:
         self.header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
         room = len(json.dumps(self.header)) + sum(len(json.dumps(key)) + ROOM for key in keys)
         self.room, self.size = -(-room // 8) * 8, 0
-        self.file: BinaryIO = open(path, "wb")
+        self.file: BinaryIO = open(path, "wb")             # noqa: SIM115  (closed by __exit__)
         self.file.seek(8 + self.room)
 
     def add(self, key: str, array: np.ndarray, dtype: str) -> None:
         """Write one tensor as `dtype`, rounded to nearest even. Raises ValueError where a finite value overflows it."""
-        data = encode(key, array, dtype)
-        self.add_chunks(key, dtype, array.shape, [memoryview(data).cast("B") if data.size else b""])
+        self.add_chunks(key, dtype, array.shape, [encode(key, array, dtype).tobytes()])
 
     def add_chunks(self, key: str, dtype: str, shape: tuple[int, ...], chunks: Iterable[Any]) -> None:
         """Write one tensor from its bytes."""
@@ -191,7 +190,8 @@ _MARKS = ("adapter_config.json", "config.json", INDEX)
 
 
 @contextmanager
-def new_folder(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = (), force: bool = False) -> Iterator[Path]:
+def new_folder(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]] = (),
+               force: bool = False) -> Iterator[Path]:
     """A temporary folder, whose files get their place in `out` when the block ends well, and are removed when it does not.
 
     force: `out` may hold files; weights and configs of an older model or adapter there are replaced, other files stay.

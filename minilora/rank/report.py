@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.std import tqdm
 
 from ..autograd import Tensor
 from ..backend import array_module, device_of, to_device
