@@ -34,7 +34,7 @@ def extract(base: str | os.PathLike[str], tuned: str | os.PathLike[str], out: st
 
     rank: of every module; or energy: the least rank of each that keeps this share of Σσ² of its change. target_modules: names
     or path suffixes, or a regex for a whole path; by default every matrix that changed, tables and heads aside. s = 1 (alpha is
-    the rank). force: replace an adapter in `out`.
+    the rank). The head of a tuned classifier is saved whole with the adapter, as PEFT does. force: replace an adapter in `out`.
 
     The report has for each module the rank, predicted_error √(Σ_{i>q} σ² / Σσ²) where all σ are known (None after a randomised
     SVD), measured_error ‖W_tuned - W_base - ΔW‖_F / ‖W_tuned - W_base‖_F of the factors as written, and method, "exact" or
@@ -62,7 +62,13 @@ def extract(base: str | os.PathLike[str], tuned: str | os.PathLike[str], out: st
     prefix = _prefix(first, kind)
     names = {prefix(path): (path, key) for path, key in chosen.items()}
 
-    def one(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    made = second.config().get("architectures") or first.config().get("architectures") or ()
+    task = next((task for end, task in TASKS.items() for name in made if name.endswith(end)), None)
+    heads = {path for path in ("score", "classifier") if f"{path}.weight" in second.files} if str(task).endswith("CLS") else set()
+
+    def one(name: str) -> tuple[dict[str, Any], Any]:
+        if name in heads:
+            return {leaf: second.array(f"{name}.{leaf}") for leaf in ("weight", "bias") if f"{name}.{leaf}" in second.files}, None
         path, key = names[name]
         change = second.array(renamed[key]) - first.array(key)                                    # float32 at least
         if path.rpartition(".")[2] in turned:
@@ -76,12 +82,11 @@ def extract(base: str | os.PathLike[str], tuned: str | os.PathLike[str], out: st
                        "measured_error": relative(float(np.linalg.norm(change)), size)}
 
     config = first.config()
-    options = {"task_type": next((task for end, task in TASKS.items() for name in config.get("architectures") or ()
-                                  if name.endswith(end)), None),
-               "base_model_name_or_path": config.get("_name_or_path") or str(first.folder), "fan_in_fan_out": bool(turned)}
+    options = {"task_type": task, "base_model_name_or_path": config.get("_name_or_path") or str(first.folder), "fan_in_fan_out": bool(turned)}
     with new_folder(out, [base, tuned], force) as folder:
-        facts = write_modules(folder, options, dict.fromkeys(names, "F32"), one, "extract", progress)
-    left = sorted((set(changed) | first.files.keys() ^ second.files.keys()) - set(chosen.values()))
+        facts = write_modules(folder, options, dict.fromkeys([*names, *heads], "F32"), one, "extract", progress)
+    left = sorted(key for key in set(changed) | first.files.keys() ^ second.files.keys()
+                  if key not in chosen.values() and key.rpartition(".")[0] not in heads)
     notes = [f"changed and not in the LoRA: {', '.join(left[:6])}{f' and {len(left) - 6} more' if len(left) > 6 else ''}"]
     return report(facts, notes if left else [])
 
