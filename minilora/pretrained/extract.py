@@ -64,11 +64,12 @@ def extract(base: str | os.PathLike[str], tuned: str | os.PathLike[str], out: st
 
     made = second.config().get("architectures") or first.config().get("architectures") or ()
     task = next((task for end, task in TASKS.items() for name in made if name.endswith(end)), None)
-    heads = {path for path in ("score", "classifier") if f"{path}.weight" in second.files} if str(task).endswith("CLS") else set()
+    heads = {path for path in ("score", "classifier") if str(task).endswith("CLS") and f"{path}.weight" in second.files}
 
     def one(name: str) -> tuple[dict[str, Any], Any]:
         if name in heads:
-            return {leaf: second.array(f"{name}.{leaf}") for leaf in ("weight", "bias") if f"{name}.{leaf}" in second.files}, None
+            held = {leaf: f"{name}.{leaf}" for leaf in ("weight", "bias") if f"{name}.{leaf}" in second.files}
+            return {leaf: second.array(key) for leaf, key in held.items()}, None
         path, key = names[name]
         change = second.array(renamed[key]) - first.array(key)                                    # float32 at least
         if path.rpartition(".")[2] in turned:
@@ -82,7 +83,8 @@ def extract(base: str | os.PathLike[str], tuned: str | os.PathLike[str], out: st
                        "measured_error": relative(float(np.linalg.norm(change)), size)}
 
     config = first.config()
-    options = {"task_type": task, "base_model_name_or_path": config.get("_name_or_path") or str(first.folder), "fan_in_fan_out": bool(turned)}
+    options = {"task_type": task, "fan_in_fan_out": bool(turned),
+               "base_model_name_or_path": config.get("_name_or_path") or str(first.folder)}
     with new_folder(out, [base, tuned], force) as folder:
         facts = write_modules(folder, options, dict.fromkeys([*names, *heads], "F32"), one, "extract", progress)
     left = sorted(key for key in set(changed) | first.files.keys() ^ second.files.keys()
