@@ -14,20 +14,24 @@ from typing import Any
 
 import minilora
 
-from . import bench
+from . import bench, plots
 from .backend import DeviceError, current_device, set_device
+from .pretrained import reference
+from .pretrained.edit import compose, resize
+from .pretrained.extract import extract
+from .pretrained.merge import merge_checkpoint
 from .rank.report import analyze
 from .studies import STUDIES, Options
 from .studies.common import writable_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 done, 1 a measurement could not be made, 2 bad input, 130 interrupted)."""
+    """Run the command line; returns the exit code (0 done, 1 not measured or not right, 2 bad input, 130 interrupted)."""
     args = parser().parse_args(arguments)
     try:
         if getattr(args, "device", None):
             set_device(args.device)
-        args.action(args)
+        return args.action(args) or 0
     except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError, DeviceError,
             MemoryError) as error:
         return _complain(error, 2)
@@ -35,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, 1)
     except KeyboardInterrupt:
         return _complain("interrupted: finished files are whole, nothing half-written remains", 130)
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,8 +72,59 @@ def parser() -> argparse.ArgumentParser:
 
     analysis = _verb(verbs, "analyze", _analyze, "singular values and ranks of an adapter", "minilora analyze my-adapter")
     analysis.add_argument("directory", help="a folder with adapter_config.json and adapter_model.safetensors")
-    analysis.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
+    analysis.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw the effective ranks and the spectra")
+    _json(analysis)
+    _file_verbs(verbs)
     return top
+
+
+def _file_verbs(verbs: Any) -> None:
+    """The verbs that work on folders of any model, without its code."""
+    merge = _verb(verbs, "merge", _merge, "write a checkpoint with an adapter merged in, and measure what rounding kept",
+                  "minilora merge llama-7b my-adapter -o merged")
+    merge.add_argument("base", help="a folder with model.safetensors, or shards and their index")
+    merge.add_argument("directory", help="the adapter's folder")
+    merge.add_argument("--untie", action="store_true", help="give a tied head a tensor of its own")
+
+    resize = _verb(verbs, "resize", _resize, "cut an adapter to a lower rank",
+                   "minilora resize my-adapter --energy 0.95 -o small")
+    resize.add_argument("directory", help="the adapter's folder")
+
+    compose = _verb(verbs, "compose", _compose, "add up adapters: the weighted sum of their updates, as one adapter",
+                    "minilora compose first second --weights 0.7 0.3 -o both")
+    compose.add_argument("directories", nargs="+", metavar="directory", help="the adapters' folders")
+    compose.add_argument("--weights", type=float, nargs="+", metavar="W", help="one for each adapter (default 1)")
+    compose.add_argument("--how", choices=["cat", "svd"], default="cat", help="exact, ranks add up; or cut to a rank")
+    compose.add_argument("--rank", type=int, help="of the result, with --how svd (default: the largest of the ranks)")
+
+    extract = _verb(verbs, "extract", _extract, "get a LoRA out of a full fine-tune",
+                    "minilora extract base tuned --rank 16 -o adapter")
+    extract.add_argument("base", help="the folder of the base checkpoint")
+    extract.add_argument("tuned", help="the folder of the fine-tuned checkpoint")
+    extract.add_argument("--target-modules", nargs="+", metavar="NAME", help="names of matrices (default: all that changed)")
+
+    for verb in (resize, extract):
+        size = verb.add_mutually_exclusive_group(required=True)
+        size.add_argument("--rank", type=int, help="the rank of every module")
+        size.add_argument("--energy", type=float, help="the least rank that keeps this share of Σσ², such as 0.95")
+    for verb in (merge, resize, compose, extract):
+        verb.add_argument("-o", "--out", required=True, metavar="OUT", help="the folder to write")
+        verb.add_argument("--force", action="store_true", help="replace what OUT holds")
+        _json(verb)
+
+    reference = _verb(verbs, "reference", _reference, "write test cases for any implementation of LoRA",
+                      "minilora reference -o cases")
+    reference.add_argument("-o", "--out", required=True, metavar="OUT", help="the folder to write")
+    reference.add_argument("--force", action="store_true", help="replace what OUT holds")
+    verify = _verb(verbs, "verify", _verify, "check an implementation's answers, and say what a wrong one usually means",
+                   "minilora verify cases my-answers")
+    verify.add_argument("directory", help="the folder that `minilora reference` wrote")
+    verify.add_argument("theirs", help="a folder with safetensors of the same names, holding the answers")
+    _json(verify)
+
+
+def _json(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
 
 def _verb(verbs: Any, name: str, action: Any, what: str, example: str) -> argparse.ArgumentParser:
@@ -105,7 +159,44 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _analyze(args: argparse.Namespace) -> None:
+    if args.figure is not None:
+        if args.figure.suffix != ".png":
+            raise ValueError(f"--figure {args.figure}: expected a name that ends in .png")
+        writable_folder(args.figure.parent, "--figure")
     report = analyze(args.directory)
+    if args.figure is not None:
+        plots.save(plots.adapter_map(report.to_dict()), args.figure.with_suffix(""))
+    _print(report, args)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    _print(merge_checkpoint(args.base, args.directory, args.out, untie=args.untie, force=args.force, progress=True), args)
+
+
+def _resize(args: argparse.Namespace) -> None:
+    _print(resize(args.directory, args.out, rank=args.rank, energy=args.energy, force=args.force, progress=True), args)
+
+
+def _compose(args: argparse.Namespace) -> None:
+    _print(compose(args.directories, args.out, args.weights, args.how, rank=args.rank, force=args.force, progress=True), args)
+
+
+def _extract(args: argparse.Namespace) -> None:
+    _print(extract(args.base, args.tuned, args.out, rank=args.rank, energy=args.energy, target_modules=args.target_modules,
+                   force=args.force, progress=True), args)
+
+
+def _reference(args: argparse.Namespace) -> None:
+    print("\n".join(str(path) for path in reference.write(args.out, force=args.force)))
+
+
+def _verify(args: argparse.Namespace) -> int:
+    report = reference.verify(args.directory, args.theirs)
+    _print(report, args)
+    return 0 if report.passed else 1
+
+
+def _print(report: Any, args: argparse.Namespace) -> None:
     print(json.dumps(report.to_dict()) if args.json else report.table())
 
 

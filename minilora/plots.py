@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
@@ -139,4 +140,44 @@ def bench(data: dict[str, Any]) -> Figure:
             ax.tick_params(axis="y", length=0)
         place = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads")
         figure.suptitle(f"minilora against PyTorch + PEFT (below 1: minilora needs less)\n{place}", fontsize=15)
+    return figure
+
+
+def adapter_map(data: dict[str, Any]) -> Figure:
+    """An adapter's report: the effective rank of each module, layer by layer, and the spectra of all modules.
+
+    A module belongs to the layer of the first number in its path; those without one come below the layers.
+    """
+    rows = data["modules"]
+    place = {name: next((int(part) for part in name.split(".") if part.isdigit()), -1) for name in rows}
+    kind = {name: ".".join(part for part in name.split(".")[-2:] if not part.isdigit()) for name in rows}
+    layers, kinds = sorted(set(place.values())), list(dict.fromkeys(kind.values()))
+    grid = np.full((len(layers), len(kinds)), np.nan)
+    for name, row in rows.items():
+        grid[layers.index(place[name]), kinds.index(kind[name])] = row["effective_rank"]
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
+        image = left.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap="cividis", origin="lower", interpolation="nearest")
+        left.grid(False)
+        left.set_xticks(range(len(kinds)), [name.rpartition(".")[2] for name in kinds], rotation=35, ha="right")
+        step = max(1, len(layers) // 16)
+        left.set_yticks(range(0, len(layers), step), ["none" if n < 0 else str(n) for n in layers[::step]])
+        left.set_ylabel("layer")
+        left.set_title("a   effective rank of ΔW", loc="left")
+        figure.colorbar(image, ax=left)
+        colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.9, max(2, len(kinds))))
+        dashes = ("-", "--", "-.", ":")
+        for i, each in enumerate(kinds):
+            for j, name in enumerate(n for n in rows if kind[n] == each):
+                values = np.asarray(rows[name]["singular_values"])
+                if values[0] > 0:
+                    right.plot(np.arange(1, len(values) + 1), np.maximum(values / values[0], 1e-8), color=colours[i],
+                               linestyle=dashes[i % 4], alpha=0.6, linewidth=1.2,
+                               label=each.rpartition(".")[2] if j == 0 else None)
+        right.set_yscale("log")
+        right.set_xlabel("i")
+        right.set_ylabel("σᵢ / σ₁")
+        right.set_title("b   spectra of ΔW, one line a module", loc="left")
+        if right.get_legend_handles_labels()[0]:
+            right.legend(ncols=2)
     return figure

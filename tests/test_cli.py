@@ -14,6 +14,8 @@ from minilora.lora.files import save_adapter
 from minilora.nn import Transformer, TransformerConfig
 from minilora.studies import STUDIES, rank_quality
 
+VERBS = ["study", "bench", "analyze", "merge", "resize", "compose", "extract", "reference", "verify"]
+
 
 def fails(arguments, capsys, code=2):
     """The one line on standard error."""
@@ -25,7 +27,7 @@ def fails(arguments, capsys, code=2):
     return lines[0]
 
 
-@pytest.mark.parametrize("verb", ["study", "bench", "analyze"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_shows_an_example(verb, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([verb, "--help"])
@@ -161,4 +163,4 @@ def test_the_module_runs_as_a_program():
 
 def test_every_verb_says_what_it_does():
     verbs = next(a for a in parser()._actions if a.dest == "verb")
-    assert set(verbs.choices) == {"study", "bench", "analyze"}
+    assert set(verbs.choices) == set(VERBS)

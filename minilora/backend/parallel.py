@@ -66,6 +66,22 @@ def working() -> bool:
     return getattr(_own, "working", False)
 
 
+def in_order(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """fn(item) for every item, in their order, computed in several threads a few items ahead, with one BLAS thread each.
+
+    Only as many results as there are workers wait to be taken, so a long stream stays small. An exception of fn is raised
+    where its result would come.
+    """
+    with one_blas_thread(), ThreadPoolExecutor(workers()) as pool:
+        waiting: deque[Any] = deque()
+        for item in items:
+            waiting.append(pool.submit(fn, item))
+            if len(waiting) > workers():
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def spans(n: int, size: int) -> list[slice]:
     """0 … n in slices of equal length, at most `size`; if more than one is needed, a multiple of the number of workers."""
     count = -(-n // max(1, size))

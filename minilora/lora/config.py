@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 from ..nn import Embedding, Linear, PackedLinear, Transformer
@@ -147,6 +148,11 @@ def matches(target: list[str] | str, names: tuple[str, ...]) -> bool:
 
 def _by_pattern(pattern: dict[str, Any], names: tuple[str, ...], default: Any) -> Any:
     for key, value in pattern.items():
-        if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
+        if any(_whole_parts(key).fullmatch(name) for name in names):
             return value
     return default
+
+
+@cache
+def _whole_parts(key: str) -> re.Pattern[str]:             # a large adapter has more patterns than re's own cache holds
+    return re.compile(rf"(.*\.)?({key})")

@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from .config import LoraConfig
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-LEAVES = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", "weight", "bias", "base_layer.weight",
-          "base_layer.bias")
+LEAVES = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "weight", "bias",
+          "base_layer.weight", "base_layer.bias")
 KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)\.({'|'.join(map(re.escape, LEAVES))})")
 
 # PEFT's LoraConfig (0.21) with its defaults: what a key means that a config leaves out or gives as null.
@@ -47,7 +48,7 @@ NEUTRAL: dict[str, Any] = {                                # they say nothing ab
 }
 BASE_CHANGING_INITS = re.compile("pissa|olora|corda|lora_ga|loftq")       # such an update belongs to a changed base
 KEPT = ("task_type", "base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "use_rslora", "init_lora_weights",
-        "module_names")                                    # what a written config takes over; the modules say the rest
+        "lora_bias", "module_names")                       # what a written config takes over; the modules say the rest
 
 
 def _number(value: Any) -> bool:
@@ -83,22 +84,35 @@ def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dic
     Raises FileNotFoundError if the folder or a file is missing, and ValueError for anything in them that is not as it
     should be.
     """
-    folder, modules = Path(directory), dict[str, dict[str, Any]]()
+    folder = existing(directory)
+    options = read_config(folder / CONFIG)
+    config, tensors = to_lora_config(options), read_safetensors(folder / WEIGHTS)
+    return options, {path: module_entry(path, {leaf: tensors[key] for leaf, key in keys.items()}, options, config)
+                     for path, keys in modules_of(folder / WEIGHTS, tensors).items()}
+
+
+def existing(directory: str | os.PathLike[str]) -> Path:
+    """The folder of an adapter. Raises FileNotFoundError if it, or one of its two files, is missing."""
+    folder = Path(directory)
     for part in (folder, folder / CONFIG, folder / WEIGHTS):
         if not part.exists():
             raise FileNotFoundError(f"{part} does not exist: expected a folder with {CONFIG} and {WEIGHTS}, as save_adapter "
                                     "and PEFT's save_pretrained write it")
-    options = read_config(folder / CONFIG)
-    config = to_lora_config(options)
-    for key, array in read_safetensors(folder / WEIGHTS).items():
+    return folder
+
+
+def modules_of(path: Path, keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Module path -> {leaf: key} of the keys of a weights file. Raises ValueError for keys of another form, or none."""
+    modules = dict[str, dict[str, str]]()
+    for key in keys:
         match = KEY.fullmatch(key)
         if match is None:
-            raise ValueError(f'{folder / WEIGHTS}: unexpected key {key!r}, expected "{PREFIX}MODULE.lora_A.weight" and the '
-                             "like: is this a LoRA adapter in PEFT's format?")
-        modules.setdefault(match[1], {})[match[2]] = array
+            raise ValueError(f'{path}: unexpected key {key!r}, expected "{PREFIX}MODULE.lora_A.weight" and the like: is this a '
+                             "LoRA adapter in PEFT's format?")
+        modules.setdefault(match[1], {})[match[2]] = key
     if not modules:
-        raise ValueError(f"{folder / WEIGHTS} holds no tensors: save the adapter again")
-    return options, {path: _module(path, leaves, options, config) for path, leaves in modules.items()}
+        raise ValueError(f"{path} holds no tensors: save the adapter again")
+    return modules
 
 
 def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], modules: dict[str, dict[str, Any]],
@@ -111,22 +125,9 @@ def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], mod
     """
     folder, tensors = Path(directory), dict[str, np.ndarray]()
     for path, entry in modules.items():
-        leaves: dict[str, Any] = {leaf: entry[leaf] for leaf in ("weight", "bias") if leaf in entry}
-        if entry.get("embedding"):
-            leaves = {"lora_embedding_A": entry["B"].T, "lora_embedding_B": entry["A"].T}
-        elif "A" in entry:
-            leaves = {"lora_A.weight": entry["A"], "lora_B.weight": entry["B"]}
-        tensors |= {f"{PREFIX}{path}.{leaf}": np.ascontiguousarray(array) for leaf, array in leaves.items()}
-    factors = {path: entry for path, entry in modules.items() if "A" in entry}
-    if not factors:
-        raise ValueError(f"no module has a low-rank update, got {', '.join(modules) or 'none'}: there is no LoRA to write")
-    root = 0.5 if config.get("use_rslora") else 1.0
-    r, rank_pattern = by_module({path: entry["A"].shape[0] for path, entry in factors.items()})
-    alpha, alpha_pattern = by_module({p: _plain(e["scale"] * e["A"].shape[0] ** root) for p, e in factors.items()})
-    text = json.dumps({key: value for key, value in config.items() if key in KEPT} | {
-        "peft_type": "LORA", "inference_mode": True, "use_dora": False, "bias": "none", "r": r, "rank_pattern": rank_pattern,
-        "lora_alpha": alpha, "alpha_pattern": alpha_pattern, "target_modules": target_modules or sorted(factors),
-        "modules_to_save": sorted(modules.keys() - factors.keys()) or None}, indent=2, sort_keys=True).encode()
+        tensors |= {f"{PREFIX}{path}.{leaf}": np.ascontiguousarray(array) for leaf, array in leaves_of(entry).items()}
+    text = config_text(config, {path: (e["A"].shape[0], e["scale"]) for path, e in modules.items() if "A" in e},
+                       {path for path, e in modules.items() if "A" not in e}, target_modules)
     contents = {WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}), CONFIG: text}
     temporary = {file: folder / f".{file}.{os.getpid()}.tmp" for file in contents}
     try:
@@ -146,6 +147,30 @@ def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], mod
                 leftover.unlink()
 
 
+def leaves_of(entry: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of one module under the last parts of their keys, in the file's layout: the inverse of `module_entry`."""
+    if "A" not in entry:
+        return {leaf: entry[leaf] for leaf in ("weight", "bias") if leaf in entry}
+    if entry.get("embedding"):
+        return {"lora_embedding_A": entry["B"].T, "lora_embedding_B": entry["A"].T}
+    bias = {"lora_B.bias": entry["lora_bias"]} if "lora_bias" in entry else {}
+    return {"lora_A.weight": entry["A"], "lora_B.weight": entry["B"]} | bias
+
+
+def config_text(config: dict[str, Any], factors: dict[str, tuple[int, float]], whole: Collection[str],
+                target_modules: list[str] | None = None) -> bytes:
+    """adapter_config.json for modules of these (rank, scale), and others saved whole. Raises ValueError without factors."""
+    if not factors:
+        raise ValueError(f"no module has a low-rank update, got {', '.join(sorted(whole)) or 'none'}: no LoRA to write")
+    root = 0.5 if config.get("use_rslora") else 1.0
+    rank, rank_pattern = by_module({path: r for path, (r, _) in factors.items()})
+    alpha, alpha_pattern = by_module({path: _plain(scale * r**root) for path, (r, scale) in factors.items()})
+    return json.dumps({key: value for key, value in config.items() if key in KEPT} | {
+        "peft_type": "LORA", "inference_mode": True, "use_dora": False, "bias": "none", "r": rank, "rank_pattern": rank_pattern,
+        "lora_alpha": alpha, "alpha_pattern": alpha_pattern, "target_modules": target_modules or sorted(factors),
+        "modules_to_save": sorted(whole) or None}, indent=2, sort_keys=True).encode()
+
+
 def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file; BF16 becomes float32, exactly, through its 16 bits.
 
@@ -156,22 +181,27 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         entries = safetensors.deserialize(Path(path).read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from None
-    tensors = {}
-    for key, entry in entries:
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {key} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
-        array = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        if entry["dtype"] == "BF16":                       # the upper half of a float32
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        if not np.isfinite(array).all():
-            raise ValueError(f"{path}: {key} has NaN or infinite values, expected finite numbers: the training that made it "
-                             "diverged, take an earlier checkpoint")
-        tensors[key] = array
-    return tensors
+    return {key: decode(path, key, entry["dtype"], entry["data"]).reshape(entry["shape"]) for key, entry in entries}
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The config with PEFT's defaults filled in, every value checked that we use. Raises ValueError, naming the key."""
+def decode(path: str | os.PathLike[str], key: str, dtype: str, data: Any) -> np.ndarray:       # bytes -> (n,)
+    """The values of one tensor. Raises ValueError, naming file and key, for a dtype we lack or values not finite."""
+    if dtype not in DTYPES:
+        raise ValueError(f"{path}: {key} has dtype {dtype}, expected one of {', '.join(DTYPES)}: take the full-precision file")
+    array = np.frombuffer(data, DTYPES[dtype])
+    if dtype == "BF16":                                    # the upper half of a float32
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{path}: {key} has NaN or infinite values, expected finite numbers: the training that made it "
+                         "diverged, take an earlier checkpoint")
+    return array
+
+
+def read_config(path: Path, known: Collection[str] = ()) -> dict[str, Any]:
+    """The config with PEFT's defaults filled in, every value checked that we use. Raises ValueError, naming the key.
+
+    known: options among LACKING that the caller knows how to treat.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -181,7 +211,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path}: peft_type is {kind!r}, expected "LORA": adapters of other methods cannot be read')
     options = NEUTRAL | LACKING | OPTIONS | {key: value for key, value in found.items() if value is not None}
     for key, default in LACKING.items():
-        if options[key] != default and (options[key] or default):
+        if key not in known and options[key] != default and (options[key] or default):
             raise ValueError(f"{path}: {key} = {options[key]!r}, expected {default!r}: this LoRA does not have the option")
     for key, (fits, expected) in FORMS.items():
         if options[key] is not None and not fits(options[key]):
@@ -209,13 +239,15 @@ def saved_whole(options: dict[str, Any], file: str) -> bool:
     return any(f".{name}." in f".{file}." for name in options["modules_to_save"] or ())
 
 
-def _module(path: str, leaves: dict[str, Any], options: dict[str, Any], config: LoraConfig) -> dict[str, Any]:
+def module_entry(path: str, leaves: dict[str, Any], options: dict[str, Any], config: LoraConfig) -> dict[str, Any]:
     """One module of read_adapter's result, from the arrays of its keys."""
     table = any(leaf.startswith("lora_embedding") for leaf in leaves)
     first, second = ("lora_embedding_B", "lora_embedding_A") if table else ("lora_A.weight", "lora_B.weight")
     base = {f"base_{leaf}": leaves[f"base_layer.{leaf}"] for leaf in ("weight", "bias") if f"base_layer.{leaf}" in leaves}
     whole: dict[str, Any] = {leaf: leaves[leaf] for leaf in ("weight", "bias") if leaf in leaves}
-    if leaves.keys() - whole.keys() - {f"base_layer.{leaf}" for leaf in ("weight", "bias")} != {first, second}:
+    bias = {"lora_bias": leaves.get("lora_B.bias")} if options["lora_bias"] and not table else {}
+    expected = {first, second, "lora_B.bias"} if bias else {first, second}
+    if leaves.keys() - whole.keys() - {f"base_layer.{leaf}" for leaf in ("weight", "bias")} != expected:
         if set(leaves) - {"bias"} != {"weight"}:
             raise ValueError(f"{path} has {', '.join(sorted(leaves))}, expected lora_A and lora_B, or a weight: save it again")
         # A table that is not in modules_to_save is PEFT's copy of a base whose vocabulary was resized.
@@ -225,7 +257,7 @@ def _module(path: str, leaves: dict[str, Any], options: dict[str, Any], config: 
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != r or B.shape[1] != r:
         raise ValueError(f"{path} has {first} {leaves[first].shape} and {second} {leaves[second].shape}, expected matrices of "
                          f"the config's rank {r}: do the two files belong together?")
-    return {"A": A, "B": B, "scale": float(config.scale((path,))), "embedding": table} | base
+    return {"A": A, "B": B, "scale": float(config.scale((path,))), "embedding": table} | base | bias
 
 
 def by_module(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

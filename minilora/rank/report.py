@@ -5,19 +5,24 @@ Of a model, `adapters_of` gives the factors; of a directory, PEFT's files do. Ei
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from tqdm.std import tqdm
 
 from ..autograd import Tensor
 from ..backend import array_module, device_of, to_device
+from ..backend.parallel import in_order
 from ..lora import adapters_of, disable_adapter, factored_svd
 from ..lora.config import module_names
 from ..lora.files import read_adapter
+from ..lora.svd import singular_values
 from ..nn import Transformer
 from .measures import measures
 
@@ -58,12 +63,7 @@ class Report:
     def table(self) -> str:
         """The modules as rows of text, and a line that sums them up."""
         columns = {key: head for key, head in COLUMNS.items() if any(key in row for row in self.modules.values())}
-        lines = [["module", *columns.values()]]
-        lines += [[name, *(_text(row.get(key)) for key in columns)] for name, row in self.modules.items()]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-                for line in lines]
-        total = self.summary()
+        text, total = text_table(columns, self.modules), self.summary()
         ending = f"{total['modules']} modules, {total['parameters']:,} parameters, ‖ΔW‖ = {total['frobenius_norm']:.4g} in all"
         if self.modules:
             ending += f", mean effective rank {total['mean_effective_rank']:.3g} of {total['mean_rank']:.3g}"
@@ -107,7 +107,9 @@ def analyze(model_or_directory: Transformer | str | PathLike[str], base: Transfo
                 factors[path] = entry["A"], entry["B"], entry["scale"]
     layers = _layers(base, list(factors)) if base is not None else {}
     with disable_adapter(base) if base is not None else nullcontext():     # W is the plain base, whatever is merged into it
-        return Report({path: _row(path, *f, layers.get(path)) for path, f in factors.items()}, left_out)
+        one = partial(_row, layers)
+        rows = map(one, factors.items()) if layers else in_order(one, factors.items())       # a base may be on a GPU
+        return Report(dict(zip(factors, tqdm(rows, "analyze", len(factors), delay=2, disable=None, leave=False))), left_out)
 
 
 def _layers(base: Transformer, names: list[str]) -> dict[str, Any]:
@@ -120,12 +122,14 @@ def _layers(base: Transformer, names: list[str]) -> dict[str, Any]:
     return {name: modules[paths[name]] for name in names}
 
 
-def _row(name: str, A: Any, B: Any, scale: Any, layer: Any) -> dict[str, Any]:
+def _row(layers: dict[str, Any], factors: tuple[str, tuple[Any, Any, Any]]) -> dict[str, Any]:
     """All that is said about one module."""
+    name, (A, B, scale) = factors
+    layer = layers.get(name)
     A, B = (t.data if isinstance(t, Tensor) else t for t in (A, B))        # (r, in), (out, r)
     row = {"rank": A.shape[0], "scale": float(scale), "shape": [B.shape[0], A.shape[1]]}
     if layer is None:
-        return measures(factored_svd(B, A, float(scale))[1]) | row
+        return measures(singular_values(B, A, float(scale))) | row
     if list(layer.weight.shape) != row["shape"]:
         raise ValueError(f"{name}: got an update of shape {tuple(row['shape'])}, expected the base weight's "
                          f"{tuple(layer.weight.shape)}; compare with the model that the adapter was trained on")
@@ -137,6 +141,14 @@ def _row(name: str, A: Any, B: Any, scale: Any, layer: Any) -> dict[str, Any]:
     within = float(norm(U[:, :q].T @ W @ Vh[:q].T)) if q else 0.0
     return measures(S) | row | {"relative_norm": size / whole if whole else None,
                                 "amplification": size / within if within else None}
+
+
+def text_table(columns: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of text that line up: a head, then each row's name and its values under `columns` (key -> head)."""
+    lines = [["module", *columns.values()], *([name, *(_text(row.get(key)) for key in columns)] for name, row in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+            for line in lines]
 
 
 def _text(value: Any) -> str:

@@ -42,7 +42,7 @@ class Pretraining:
     tokens: int            # T
 
 
-def writable_folder(path: Path) -> Path:
+def writable_folder(path: Path, option: str = "--out") -> Path:
     """Make the folder, and prove before any work that files can be written there. Raises ValueError with the reason."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def writable_folder(path: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"cannot write to --out {path}: {error.strerror}; choose another folder") from None
+        raise ValueError(f"cannot write to {option} {path}: {error.strerror}; choose another folder") from None
     return path
 
 

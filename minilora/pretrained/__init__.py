@@ -1,0 +1,1 @@
+"""Pretrained models: checkpoints and adapters on disk."""
