@@ -161,13 +161,17 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{path}: {key} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
         array = np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        if entry["dtype"] == "BF16":                       # the upper half of a float32
-            array = (array.astype(np.uint32) << 16).view(np.float32)
+        array = from_bf16(array) if entry["dtype"] == "BF16" else array
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {key} has NaN or infinite values, expected finite numbers: the training that made it "
                              "diverged, take an earlier checkpoint")
         tensors[key] = array
     return tensors
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:             # uint16 -> float32
+    """The numbers whose BF16 is the given 16 bits: the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def read_config(path: Path) -> dict[str, Any]:
