@@ -48,8 +48,8 @@ __version__ = "0.1.0"
 __all__ = [
     "GradcheckError", "LoraConfig", "Module", "Parameter", "Tensor", "TrainConfig", "Transformer", "TransformerConfig",
     "add_adapter", "analyze", "array_module", "attention", "count_parameters", "cross_entropy", "delete_adapter",
-    "disable_adapter", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "linear", "load_adapter", "load_pretrained", "log_softmax",
-    "lora_linear", "merge_adapter", "merge_and_unload", "no_grad", "rank", "rms_norm", "rotary", "save_adapter", "save_pretrained",
-    "set_adapter", "set_device", "set_scale", "silu", "softmax", "sweep", "swiglu", "tensor", "to_device", "to_host", "train",
-    "training", "unmerge_adapter",
+    "disable_adapter", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "linear", "load_adapter",
+    "load_pretrained", "log_softmax", "lora_linear", "merge_adapter", "merge_and_unload", "no_grad", "rank", "rms_norm",
+    "rotary", "save_adapter", "save_pretrained", "set_adapter", "set_device", "set_scale", "silu", "softmax", "sweep",
+    "swiglu", "tensor", "to_device", "to_host", "train", "training", "unmerge_adapter",
 ]

@@ -28,10 +28,10 @@ class TransformerConfig:
     sees only positions up to t.
     norm, norm_first (norm before each sub-layer, as in GPT-2 and Llama, or after it, as in BERT), norm_eps.
     position: "learned" table, or "rope" rotation with base rope_theta. position_offset: rows of the table before that of the
-    first position (RoBERTa: 2, and the row of id offset - 1, its padding, is the last of them). rope_scaling: None, {"rope_type":
-    "linear", "factor"}, or "llama3" with its four numbers, named as in Hugging Face's config. mlp: kind of the feed-forward layer.
-    bias: biases on the linear layers (default: with layernorm yes, with rmsnorm no); qkv_bias: on q, k and v, o_bias: on o
-    (default: bias).
+    first position (RoBERTa: 2; padding, whose id is offset - 1, takes the last of them). rope_scaling: None, or "rope_type"
+    "linear" with its "factor", or "llama3" with its four numbers, named as in Hugging Face's config. mlp: kind of the
+    feed-forward layer. bias: biases on the linear layers (default: with layernorm yes, with rmsnorm no); qkv_bias: on q, k
+    and v, o_bias: on o (default: bias).
     tie_embeddings: the head uses the embedding table. dropout p: after the embeddings and on each sub-layer's output.
     n_token_types: size of BERT's token-type table, 0 for none. head: "lm" logits (B, T, V); "sequence" (B, n_labels), from
     the first position through a tanh layer if not causal (BERT), else from the last one that is not padding; "token"
@@ -91,7 +91,8 @@ class TransformerConfig:
         self.head_dim = self.d_model // self.n_heads if self.head_dim is None else self.head_dim
         for name, least in (("head_dim", 1), ("position_offset", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
-                raise ValueError(f"TransformerConfig.{name} = {getattr(self, name)!r}: expected a whole number of at least {least}")
+                raise ValueError(f"TransformerConfig.{name} = {getattr(self, name)!r}: expected a whole number of at least "
+                                 f"{least}")
         if self.rope_scaling is not None and set(self.rope_scaling) != ROPE_SCALINGS.get(self.rope_scaling.get("rope_type")):
             raise ValueError(f"TransformerConfig.rope_scaling = {self.rope_scaling!r}: expected None or one of "
                              + ", ".join(f"{kind} with {', '.join(sorted(keys))}" for kind, keys in ROPE_SCALINGS.items()))

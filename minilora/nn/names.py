@@ -109,7 +109,7 @@ def file_names(cfg: TransformerConfig, table: dict[str, str] | None = None) -> d
     A model without a head has the names of the bare model, without the first part ("bert."). table: another one to fill in.
     """
     if table is None:
-        table = TABLES.get(cfg.model_type or "", {}) | BY_HEAD.get((cfg.model_type, cfg.head), {})
+        table = TABLES.get(cfg.model_type or "", {}) | BY_HEAD.get((cfg.model_type or "", cfg.head), {})
         if cfg.head == "none":
             table = {ours: theirs.removeprefix(root(cfg)) for ours, theirs in table.items()}
     return {ours.format(i=i): theirs.format(i=i) for ours, theirs in table.items()
@@ -142,8 +142,8 @@ def file_keys(cfg: TransformerConfig, paths: Iterable[str]) -> dict[str, list[st
         prefix, _, block = module.rpartition(".")
         packed = f"{prefix}.qkv_proj" if block in BLOCKS else module
         if names and not names.keys() & {module, packed}:
-            raise ValueError(f"{path} has no name in the files of {cfg.model_type} models: merge adapters first, or use a model "
-                             "without model_type")
+            raise ValueError(f"{path} has no name in the files of {cfg.model_type} models: merge adapters first, or use a "
+                             "model without model_type")
         keys.setdefault(f"{names.get(module) or names.get(packed, module)}.{leaf}", []).append(path)
     for held in keys.values():
         if len(held) > 1:
@@ -173,7 +173,10 @@ def import_state(cfg: TransformerConfig, tensors: dict[str, np.ndarray]) -> dict
 
 
 def export_state(cfg: TransformerConfig, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The inverse of `import_state`: our state_dict under the file's names (our own without a model_type). Raises as file_keys."""
+    """The inverse of `import_state`: our state_dict under the file's names (our own without a model_type).
+
+    Raises ValueError as file_keys does.
+    """
     tensors = {}
     for key, paths in file_keys(cfg, state).items():
         array = state[paths[0]] if len(paths) == 1 else np.concatenate([state[path] for path in paths])

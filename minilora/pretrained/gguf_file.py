@@ -80,7 +80,7 @@ class GgufFile:
                                  "again, or take another") from None
         architecture = self.metadata.get("general.architecture")
         if architecture != "llama":
-            raise ValueError(f"{path}: general.architecture is {architecture!r}, expected 'llama': take the model's safetensors instead")
+            raise ValueError(f"{path}: general.architecture is {architecture!r}, expected 'llama': take its safetensors")
         self.tensors = {llama_name(name): tensor for name, tensor in tensors.items()}
         self.shapes = {name: shape for name, (shape, _, _) in self.tensors.items()}
 
@@ -118,7 +118,8 @@ class GgufFile:
         """(the library's type, bytes) of a tensor."""
         kind = next((kind for kind in self.sizes if kind.value == number), None)
         if kind is None or kind.name not in READABLE:
-            raise ValueError(f"{name} has type {number if kind is None else kind.name}, where one of {', '.join(READABLE)} is expected")
+            raise ValueError(f"{name} has type {number if kind is None else kind.name}, where one of {', '.join(READABLE)} is "
+                             "expected")
         block, size = self.sizes[kind]
         if shape[-1] % block or math.prod(shape) < 1:
             raise ValueError(f"{name} has shape {shape}, whose rows are not of whole blocks of {block}")
@@ -130,13 +131,15 @@ class GgufFile:
         embed = self.shapes.get("model.embed_tokens.weight", (0, 0))
         heads, width, kind = get("attention.head_count"), get("embedding_length"), get("rope.scaling.type", "none")
         if get("expert_count"):
-            raise ValueError(f"{self.path}: expert_count is {get('expert_count')}, expected none: minilora has no mixture of experts")
+            raise ValueError(f"{self.path}: expert_count is {get('expert_count')}, expected none: minilora has no mixture of "
+                             "experts")
         by_default = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
         head_dim = get("attention.key_length", by_default)
         if get("rope.dimension_count", head_dim) != head_dim:
-            raise ValueError(f"{self.path}: rope.dimension_count is {get('rope.dimension_count')}, expected the heads' whole width {head_dim}")
-        rope: dict[str, Any] = {"rope_theta": get("rope.freq_base", 10000.0), "rope_type": "default" if kind == "none" else kind}
-        rope |= {} if kind == "none" else {"factor": get("rope.scaling.factor")}
+            raise ValueError(f"{self.path}: rope.dimension_count is {get('rope.dimension_count')}, expected {head_dim}: minilora "
+                             "rotates whole heads")
+        rope: dict[str, Any] = {"rope_theta": get("rope.freq_base", 10000.0)}
+        rope |= {} if kind == "none" else {"rope_type": kind, "factor": get("rope.scaling.factor")}
         return from_hf({
             "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": embed[0], "hidden_size": width,
             "num_hidden_layers": get("block_count"), "num_attention_heads": heads, "head_dim": head_dim,
@@ -163,8 +166,8 @@ class GgufFile:
     def _order(self, key: str, rows: int) -> np.ndarray:
         """Which stored row is row 0, 1, … of q or k.
 
-        llama.cpp rotates neighbours (2i, 2i+1) where Hugging Face rotates (i, i + hd/2), so the file has row h·hd + j·hd/2 + i in
-        place h·hd + 2i + j.
+        llama.cpp rotates neighbours (2i, 2i+1) where Hugging Face rotates (i, i + hd/2), so the file has row h·hd + j·hd/2 + i
+        in place h·hd + 2i + j.
         """
         heads = self.metadata["llama.attention.head_count"]
         if ".k_proj." in key:

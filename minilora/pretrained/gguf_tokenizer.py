@@ -8,13 +8,16 @@ from .hub import need
 from .tokenizer import Tokenizer, checked
 
 GPT2_SPLIT = None                            # what ByteLevel does by itself
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+")
 SPLITS: dict[str, tuple[bool, str | None]] = {             # tokenizer.ggml.pre -> (digits one by one, regex of the pieces)
     "default": (False, GPT2_SPLIT), "gpt-2": (False, GPT2_SPLIT), "smollm": (True, GPT2_SPLIT), "starcoder": (True, GPT2_SPLIT),
     "llama-bpe": (False, LLAMA3_SPLIT), "llama3": (False, LLAMA3_SPLIT),
     "qwen2": (False, LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")),
 }
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4                   # kinds of token in tokenizer.ggml.token_type
+TOKENS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id",
+          "unk_token": "unknown_token_id"}
 
 
 def gguf_tokenizer(metadata: dict[str, Any], where: Any, vocab_size: int) -> Tokenizer:
@@ -26,23 +29,23 @@ def gguf_tokenizer(metadata: dict[str, Any], where: Any, vocab_size: int) -> Tok
         count = len(words) if isinstance(words, list) else None
         raise ValueError(f"{where}: tokenizer.ggml.tokens has {count} tokens, expected the {vocab_size} of the embedding table")
     if kinds is not None and len(kinds) != len(words):
-        raise ValueError(f"{where}: tokenizer.ggml.token_type has {len(kinds)} entries, expected {len(words)}, one for each token")
+        raise ValueError(f"{where}: tokenizer.ggml.token_type has {len(kinds)} entries, expected {len(words)}, one a token")
     vocab = {word: i for i, word in enumerate(words)}
     try:
         if kind == "gpt2":
             backend = _byte_level(library, vocab, get("merges"), get("pre", "default"), where)
         elif kind == "llama":
-            backend = _sentence_piece(library, vocab, words, get("scores"), get("unknown_token_id", 0), get("add_space_prefix", True), where)
+            options = get("unknown_token_id", 0), get("add_space_prefix", True)
+            backend = _sentence_piece(library, vocab, words, get("scores"), *options, where)
         else:
-            raise ValueError(f"{where}: tokenizer.ggml.model is {kind!r}, expected 'gpt2' or 'llama': take the model's safetensors")
+            raise ValueError(f"{where}: tokenizer.ggml.model is {kind!r}, expected 'gpt2' or 'llama': take its safetensors")
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{where}: its tokenizer is damaged ({error}): download it again") from None
     by_kind = {k: [words[i] for i, found in enumerate(kinds or ()) if found == k] for k in (CONTROL, USER_DEFINED)}
     backend.add_special_tokens([library.AddedToken(word, special=True, normalized=False) for word in by_kind[CONTROL]])
     backend.add_tokens([library.AddedToken(word, normalized=False) for word in by_kind[USER_DEFINED]])
-    names = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id", "unk_token": "unknown_token_id"}
-    tokens = {}
-    for name, key in names.items():
+    tokens: dict[str, str] = {}
+    for name, key in TOKENS.items():
         i = get(key)
         if i is not None and not (isinstance(i, int) and 0 <= i < len(words)):
             raise ValueError(f"{where}: tokenizer.ggml.{key} is {i!r}, expected an id below {len(words)}")
@@ -58,12 +61,12 @@ def gguf_tokenizer(metadata: dict[str, Any], where: Any, vocab_size: int) -> Tok
 def _byte_level(library: Any, vocab: dict[str, int], merges: Any, pre: str, where: Any) -> Any:
     """GPT-2's kind: bytes written as letters, joined in the order of the merges, inside of pieces that a regex cuts."""
     if pre not in SPLITS:
-        raise ValueError(f"{where}: tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(SPLITS)}: take the model's safetensors")
+        raise ValueError(f"{where}: tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(SPLITS)}: take its safetensors")
     pairs = [tuple(merge.split(" ", 1)) for merge in merges or ()]
-    odd = next((pair for pair in pairs if len(pair) != 2 or pair[0] not in vocab or pair[1] not in vocab or "".join(pair) not in vocab),
-               None)
+    odd = next((pair for pair in pairs if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys()), None)
     if odd is not None or not pairs:
-        raise ValueError(f"{where}: tokenizer.ggml.merges has {odd!r}, expected pairs of tokens of the vocabulary: download it again")
+        raise ValueError(f"{where}: tokenizer.ggml.merges has {odd!r}, expected pairs of tokens of the vocabulary: download it "
+                         "again")
     backend = library.Tokenizer(library.models.BPE(vocab=vocab, merges=pairs, fuse_unk=False))
     digits, split = SPLITS[pre]
     parts = [library.pre_tokenizers.Digits(individual_digits=True)] if digits else []
@@ -79,11 +82,13 @@ def _sentence_piece(library: Any, vocab: dict[str, int], words: list[str], score
                     where: Any) -> Any:
     """Llama 2's kind: two neighbours become the word that they form, the word with the highest score first."""
     if not isinstance(scores, list) or len(scores) != len(words) or not 0 <= unknown < len(words):
-        raise ValueError(f"{where}: tokenizer.ggml.scores is missing or short, expected a number for each of {len(words)} tokens")
+        raise ValueError(f"{where}: tokenizer.ggml.scores is missing or short, expected a number for each of {len(words)} "
+                         "tokens: download it again")
     found = [(-scores[i], i, cut) for i, word in enumerate(words) for cut in range(1, len(word))
              if word[:cut] in vocab and word[cut:] in vocab]
     pairs = [(words[i][:cut], words[i][cut:]) for _, i, cut in sorted(found)]
-    backend = library.Tokenizer(library.models.BPE(vocab=vocab, merges=pairs, unk_token=words[unknown], fuse_unk=True, byte_fallback=True))
+    backend = library.Tokenizer(library.models.BPE(vocab=vocab, merges=pairs, unk_token=words[unknown], fuse_unk=True,
+                                                   byte_fallback=True))
     blank, prefix = "▁", [library.normalizers.Prepend("▁")] if space_prefix else []
     backend.normalizer = library.normalizers.Sequence([*prefix, library.normalizers.Replace(" ", blank)])
     last = [library.decoders.Strip(content=" ", left=1)] if space_prefix else []

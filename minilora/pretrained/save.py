@@ -26,7 +26,7 @@ def save_pretrained(model: Transformer, tokenizer: Tokenizer | None, directory: 
                     dtype: str = "float32") -> None:
     """Write config.json, model.safetensors and, with a tokenizer, its files.
 
-    The names are those of cfg.model_type's architecture, so transformers loads the folder; without a model_type they are our own.
+    The names are those of cfg.model_type's architecture, so transformers loads the folder; without a model_type they are ours.
     dtype: "float32", "float64", "float16" or "bfloat16" (rounded to nearest, ties to even).
 
     Raises ValueError for a model with adapters (merge_and_unload it first), for one that its model_type cannot be, and for
@@ -37,7 +37,7 @@ def save_pretrained(model: Transformer, tokenizer: Tokenizer | None, directory: 
     config = json.dumps(to_hf(model.cfg, dtype), indent=2)
     parameters, tensors = dict(model.named_parameters()), []
     if odd := [path for path, module in model.named_modules() if getattr(module, "adaptation", None) is not None]:
-        raise ValueError(f"{odd[0]} has an adapter, expected a plain model: save merge_and_unload(model), or save_adapter(model, ...)")
+        raise ValueError(f"{odd[0]} has an adapter, expected a plain model: save merge_and_unload(model), or save_adapter it")
     for key, paths in sorted(file_keys(model.cfg, parameters).items()):
         tensors.append((key, *_tensor(model, key, [parameters[path] for path in paths])))
     folder = Path(directory)
@@ -52,7 +52,8 @@ def save_pretrained(model: Transformer, tokenizer: Tokenizer | None, directory: 
             os.replace(written, target)
         (folder / INDEX).unlink(missing_ok=True)           # of an older model in several files
     except OSError as error:
-        raise OSError(f"cannot write a model to {folder} ({error.strerror or error}): give a folder that you can write to") from None
+        reason = error.strerror or error
+        raise OSError(f"cannot write a model to {folder} ({reason}): give a folder that you can write to") from None
     finally:
         for leftover in temporary.values():
             with suppress(OSError):                        # it has its final name already

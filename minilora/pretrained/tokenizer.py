@@ -65,7 +65,8 @@ class Tokenizer:
         Raises ValueError without a template, and for messages that it refuses.
         """
         if self.chat_template is None:
-            raise ValueError("this tokenizer has no chat template, expected a model tuned for conversations: join the texts yourself")
+            raise ValueError("this tokenizer has no chat template, expected a model tuned for conversations: join the texts "
+                             "yourself")
         jinja2: Any = need("jinja2")
         sandbox: Any = need("jinja2.sandbox")
         environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
@@ -76,8 +77,8 @@ class Tokenizer:
             return environment.from_string(self.chat_template).render(
                 messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt, **self.tokens)
         except (jinja2.TemplateError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            raise ValueError(f"the chat template refuses the messages ({error}): expected a list of role and content, in the order "
-                             "that the model knows") from None
+            raise ValueError(f"the chat template refuses the messages ({error}): expected a list of role and content, in the "
+                             "order that the model knows") from None
 
     def token_id(self, name: str) -> int | None:
         """The id of a special token by its name, such as "mask_token"; None if there is none."""
@@ -102,7 +103,8 @@ class Tokenizer:
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.tokens
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        return {folder / "tokenizer.json": self.backend.to_str(), folder / "tokenizer_config.json": json.dumps(config, indent=2)}
+        return {folder / "tokenizer.json": self.backend.to_str(),
+                folder / "tokenizer_config.json": json.dumps(config, indent=2)}
 
 
 def read_tokenizer(folder: Path, model_config: dict[str, Any], vocab_size: int) -> Tokenizer | None:
@@ -114,8 +116,8 @@ def read_tokenizer(folder: Path, model_config: dict[str, Any], vocab_size: int) 
     if not path.is_file():
         old = [name for name in OLD if (folder / name).is_file()]
         if old:
-            raise ValueError(f"{folder} has {old[0]} but no tokenizer.json, expected one: load the tokenizer in transformers and "
-                             "save_pretrained it once")
+            raise ValueError(f"{folder} has {old[0]} but no tokenizer.json, expected one: load the tokenizer in transformers "
+                             "and save_pretrained it once")
         return None
     backend = from_json(path.read_text(encoding="utf-8", errors="replace"), path)
     options = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
@@ -145,10 +147,10 @@ def from_json(text: str, where: Any) -> Any:
 
 
 def checked(tokenizer: Tokenizer, vocab_size: int, where: Any) -> Tokenizer:
-    """The tokenizer, if the model knows all of its ids. (A model may know more: some tables are filled up to a round number.)"""
+    """The tokenizer, if the model knows all of its ids. (A model may know more: some tables are filled to a round number.)"""
     if not 0 < len(tokenizer) <= vocab_size:
-        raise ValueError(f"{where} has ids up to {len(tokenizer) - 1}, expected fewer than the model's vocabulary of {vocab_size}: do "
-                         "the two belong together?")
+        raise ValueError(f"{where} has {len(tokenizer)} ids, expected at most the model's vocabulary of {vocab_size}: do the "
+                         "two belong together?")
     return tokenizer
 
 
