@@ -123,10 +123,11 @@ def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], mod
     root = 0.5 if config.get("use_rslora") else 1.0
     r, rank_pattern = by_module({path: entry["A"].shape[0] for path, entry in factors.items()})
     alpha, alpha_pattern = by_module({p: _plain(e["scale"] * e["A"].shape[0] ** root) for p, e in factors.items()})
+    whole = {re.sub(r"^classifier\..*", "classifier", path) for path in modules.keys() - factors.keys()}   # RoBERTa's is two layers
     text = json.dumps({key: value for key, value in config.items() if key in KEPT} | {
         "peft_type": "LORA", "inference_mode": True, "use_dora": False, "bias": "none", "r": r, "rank_pattern": rank_pattern,
         "lora_alpha": alpha, "alpha_pattern": alpha_pattern, "target_modules": target_modules or sorted(factors),
-        "modules_to_save": sorted(modules.keys() - factors.keys()) or None}, indent=2, sort_keys=True).encode()
+        "modules_to_save": sorted(whole) or None}, indent=2, sort_keys=True).encode()
     contents = {WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}), CONFIG: text}
     temporary = {file: folder / f".{file}.{os.getpid()}.tmp" for file in contents}
     try:

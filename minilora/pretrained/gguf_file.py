@@ -136,8 +136,8 @@ class GgufFile:
         by_default = width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
         head_dim = get("attention.key_length", by_default)
         if get("rope.dimension_count", head_dim) != head_dim:
-            raise ValueError(f"{self.path}: rope.dimension_count is {get('rope.dimension_count')}, expected {head_dim}: minilora "
-                             "rotates whole heads")
+            raise ValueError(f"{self.path}: rope.dimension_count is {get('rope.dimension_count')}, expected {head_dim}, since "
+                             "minilora rotates whole heads: take another model")
         rope: dict[str, Any] = {"rope_theta": get("rope.freq_base", 10000.0)}
         rope |= {} if kind == "none" else {"rope_type": kind, "factor": get("rope.scaling.factor")}
         return from_hf({

@@ -34,14 +34,16 @@ def save_pretrained(model: Transformer, tokenizer: Tokenizer | None, directory: 
     """
     if dtype not in WRITTEN:
         raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(WRITTEN)}")
-    config = json.dumps(to_hf(model.cfg, dtype), indent=2)
+    config = to_hf(model.cfg, dtype)
+    if tokenizer is not None:
+        config = {f"{name}_id": tokenizer.token_id(name) for name in ("bos_token", "eos_token", "pad_token")} | config
     parameters, tensors = dict(model.named_parameters()), []
     if odd := [path for path, module in model.named_modules() if getattr(module, "adaptation", None) is not None]:
         raise ValueError(f"{odd[0]} has an adapter, expected a plain model: save merge_and_unload(model), or save_adapter it")
     for key, paths in sorted(file_keys(model.cfg, parameters).items()):
         tensors.append((key, *_tensor(model, key, [parameters[path] for path in paths])))
     folder = Path(directory)
-    texts = {folder / "config.json": config} | (tokenizer.save(folder) if tokenizer is not None else {})
+    texts = {folder / "config.json": json.dumps(config, indent=2)} | (tokenizer.save(folder) if tokenizer is not None else {})
     temporary = {target: folder / f".{target.name}.{os.getpid()}.tmp" for target in (folder / WEIGHTS, *texts)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
