@@ -123,7 +123,7 @@ def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], mod
     root = 0.5 if config.get("use_rslora") else 1.0
     r, rank_pattern = by_module({path: entry["A"].shape[0] for path, entry in factors.items()})
     alpha, alpha_pattern = by_module({p: _plain(e["scale"] * e["A"].shape[0] ** root) for p, e in factors.items()})
-    whole = {re.sub(r"^classifier\..*", "classifier", path) for path in modules.keys() - factors.keys()}   # RoBERTa's is two layers
+    whole = {re.sub(r"^classifier\..*", "classifier", path) for path in modules.keys() - factors.keys()}     # RoBERTa has two
     text = json.dumps({key: value for key, value in config.items() if key in KEPT} | {
         "peft_type": "LORA", "inference_mode": True, "use_dora": False, "bias": "none", "r": r, "rank_pattern": rank_pattern,
         "lora_alpha": alpha, "alpha_pattern": alpha_pattern, "target_modules": target_modules or sorted(factors),

@@ -111,7 +111,7 @@ def _from_hub(hub_id: str) -> Path:
     try:
         return _cached(hub_id)
     except FileNotFoundError:                              # huggingface_hub's LocalEntryNotFoundError is one
-        if hub.constants.HF_HUB_OFFLINE:
+        if need("huggingface_hub.constants").HF_HUB_OFFLINE:
             raise FileNotFoundError(f"{hub_id!r} is no folder here and not in the Hugging Face cache, and HF_HUB_OFFLINE "
                                     "forbids to download it: unset it, or give a folder") from None
     try:

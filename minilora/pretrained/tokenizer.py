@@ -53,8 +53,9 @@ class Tokenizer:
                 raise ValueError(f"word {i} is {word!r}, expected at least one character that is not a blank: leave it out")
             owner += [i] * (len(word) + (i > 0))
         found = self.backend.encode(" ".join(words), add_special_tokens=add_special_tokens)
-        index = [owner[stop - 1] if stop > start else None for start, stop in found.offsets]
-        return list(found.ids), index
+        last = [stop - 1 if stop > start else start for start, stop in found.offsets]      # a blank alone may have width 0
+        return list(found.ids), [None if special else owner[min(at, len(owner) - 1)]
+                                 for at, special in zip(last, found.special_tokens_mask)]
 
     def chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
         """A conversation [{"role": "user", "content": "…"}, …] as the text that the model was trained on.

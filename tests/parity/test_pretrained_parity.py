@@ -12,7 +12,8 @@ import minilora as ml
 from minilora.pretrained.safetensors_file import from_bf16, to_bf16
 
 DECODER = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
-           "intermediate_size": 40, "max_position_embeddings": 32, "vocab_size": 37, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+           "intermediate_size": 40, "max_position_embeddings": 32, "vocab_size": 37,
+           "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 ENCODER = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 40, "vocab_size": 37,
            "max_position_embeddings": 34, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 DISTIL = {"dim": 24, "n_layers": 2, "n_heads": 6, "hidden_dim": 40, "vocab_size": 37, "max_position_embeddings": 32,
