@@ -160,7 +160,8 @@ class GgufFile:
             raw = raw.reshape(shape[0], -1)[start:stop]
         else:
             raw = raw[start * width // shape[0] : stop * width // shape[0]]
-        values = self.library.dequantize(raw, kind)
+        with np.errstate(all="ignore"):                    # what is not finite is reported below
+            values = self.library.dequantize(raw, kind)
         return finite(values.reshape(stop - start, *shape[1:]), f"{self.path}: {key}")
 
     def _order(self, key: str, rows: int) -> np.ndarray:
