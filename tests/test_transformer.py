@@ -586,7 +586,7 @@ def test_types_need_a_table_and_a_cache_its_room():
     ({"head": "token"}, "head 'token' needs n_labels, got None"),
     ({"n_labels": 0}, "needs n_labels, got 0"),
     ({"dropout": 1.0}, "dropout = 1.0: expected 0 <= p < 1"),
-    ({"position": "rope", "n_heads": 4}, "even head width, got d_model/n_heads = 3"),
+    ({"position": "rope", "n_heads": 4}, "even head width, got head_dim = 3"),
 ])
 def test_configs_that_do_not_fit(fields, message):
     with pytest.raises(ValueError, match=message):

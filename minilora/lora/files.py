@@ -23,7 +23,7 @@ from .peft_format import CONFIG, by_module, read_adapter, saved_whole, to_lora_c
 
 __all__ = ["load_adapter", "read_adapter", "save_adapter", "write_adapter"]
 
-TASKS = {"lm": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS"}
+TASKS = {"lm": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS", "none": "FEATURE_EXTRACTION"}
 
 
 def load_adapter(model: Transformer, directory: str | os.PathLike[str], name: str = "default") -> None:

@@ -199,7 +199,8 @@ def _modules_to_save(model: Transformer, config: LoraConfig) -> Iterator[tuple[s
     names = module_names(model)
     modules: dict[str, Any] = dict(model.named_modules())
     for name in wanted:
-        paths = [path for path, known in names.items() if any(n == name or n.endswith(f".{name}") for n in known)]
+        paths = [path for path, known in names.items()         # a parent's name (RoBERTa's classifier) means all its layers
+                 if any(n == name or n.endswith(f".{name}") or n.startswith(f"{name}.") for n in known)]
         if not paths:
             raise ValueError(f"modules_to_save: got {name!r}, expected a linear layer or table of this model (classifier …)")
         yield from ((path, names[path], modules[path]) for path in paths)

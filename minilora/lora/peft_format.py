@@ -127,7 +127,8 @@ def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], mod
     for path, entry in modules.items():
         tensors |= {f"{PREFIX}{path}.{leaf}": np.ascontiguousarray(array) for leaf, array in leaves_of(entry).items()}
     text = config_text(config, {path: (e["A"].shape[0], e["scale"]) for path, e in modules.items() if "A" in e},
-                       {path for path, e in modules.items() if "A" not in e}, target_modules)
+                       {re.sub(r"^classifier\..*", "classifier", path) for path, e in modules.items() if "A" not in e},    # RoBERTa: 2
+                       target_modules)
     contents = {WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}), CONFIG: text}
     temporary = {file: folder / f".{file}.{os.getpid()}.tmp" for file in contents}
     try:
@@ -189,12 +190,16 @@ def decode(path: str | os.PathLike[str], key: str, dtype: str, data: Any) -> np.
     if dtype not in DTYPES:
         raise ValueError(f"{path}: {key} has dtype {dtype}, expected one of {', '.join(DTYPES)}: take the full-precision file")
     array = np.frombuffer(data, DTYPES[dtype])
-    if dtype == "BF16":                                    # the upper half of a float32
-        array = (array.astype(np.uint32) << 16).view(np.float32)
+    array = from_bf16(array) if dtype == "BF16" else array
     if not np.isfinite(array).all():
         raise ValueError(f"{path}: {key} has NaN or infinite values, expected finite numbers: the training that made it "
                          "diverged, take an earlier checkpoint")
     return array
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:             # uint16 -> float32
+    """The numbers whose BF16 is the given 16 bits: the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def read_config(path: Path, known: Collection[str] = ()) -> dict[str, Any]:

@@ -59,20 +59,38 @@ class KVCache:
 
 
 class Rope:
-    """Rotary positions: the tables cos and sin of position · ω_i, ω_i = θ^(-2i/hd)."""
+    """Rotary positions: the tables cos and sin of position · ω_i, ω_i = θ^(-2i/hd), up to the longest sequence so far."""
 
     def __init__(self, cfg: TransformerConfig, dtype: str) -> None:
-        half = cfg.head_dim // 2
-        angles = np.outer(np.arange(cfg.max_len), cfg.rope_theta ** (-np.arange(half) / half))   # (max_len, hd/2)
-        self.cos, self.sin = np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+        self.frequencies, self.max_len, self.dtype = rope_frequencies(cfg), cfg.max_len, dtype
         self.tables: dict[str, tuple[Array, Array]] = {}               # by device
 
     def __call__(self, x: Tensor, start: int) -> Tensor:           # (B, H, T, hd)
-        device = device_of(x.data).name
-        if device not in self.tables:
-            self.tables[device] = to_device(self.cos, device), to_device(self.sin, device)
+        device, stop = device_of(x.data).name, start + x.shape[2]
+        if device not in self.tables or len(self.tables[device][0]) < stop:
+            angles = np.outer(np.arange(min(max(2 * stop, 1024), self.max_len)), self.frequencies)         # (positions, hd/2)
+            self.tables[device] = (to_device(np.cos(angles).astype(self.dtype), device),
+                                   to_device(np.sin(angles).astype(self.dtype), device))
         cos, sin = self.tables[device]
-        return rotary(x, cos[start : start + x.shape[2]], sin[start : start + x.shape[2]])
+        return rotary(x, cos[start:stop], sin[start:stop])
+
+
+def rope_frequencies(cfg: TransformerConfig) -> np.ndarray:        # -> (hd/2,)
+    """ω_i = θ^(-2i/hd). "linear" scaling divides all by the factor; "llama3" only the slow ones, as in Llama 3.1.
+
+    There a wave that turns n times over the old context keeps its ω for n > high_freq_factor, has ω/factor for
+    n < low_freq_factor, and between them goes from one to the other linearly in n.
+    """
+    half, scaling = cfg.head_dim // 2, cfg.rope_scaling
+    w = cfg.rope_theta ** (-np.arange(half) / half)
+    if scaling is None:
+        return w
+    if scaling["rope_type"] == "linear":
+        return w / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * w / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return w * (kept + (1 - kept) / scaling["factor"])
 
 
 def unrotated(x: Tensor, start: int) -> Tensor:
@@ -153,10 +171,12 @@ class PostNormLayer(Layer):
 class Init:
     """Draws initial weights on the host: N(0, 0.02²), as GPT-2 and BERT do, and zero biases."""
 
-    def __init__(self, rng: np.random.Generator, dtype: str) -> None:
-        self.rng, self.dtype = rng, dtype
+    def __init__(self, rng: np.random.Generator, dtype: str, blank: bool = False) -> None:
+        self.rng, self.dtype, self.blank = rng, dtype, blank
 
     def normal(self, *shape: int, std: float = 0.02) -> Array:
+        if self.blank:                       # all 0, which costs neither time nor memory until it is written
+            return self.zeros(*shape)
         return to_device((self.rng.standard_normal(shape) * std).astype(self.dtype))
 
     def zeros(self, *shape: int) -> Array:
@@ -169,10 +189,10 @@ class Init:
 def build_layer(cfg: TransformerConfig, init: Init, rotate: Any, index: int) -> Layer:
     """One layer with the parts that the config names. Products that end in the stream start smaller, by 1/√(2L) (GPT-2)."""
     D, F, end = cfg.d_model, cfg.d_ff, 0.02 * (2 * cfg.n_layers) ** -0.5
-    kv = cfg.n_kv_heads * cfg.head_dim
-    sizes = {"q_proj": D, "k_proj": kv, "v_proj": kv}
-    qkv = PackedLinear(init.normal(D + 2 * kv, D), init.zeros(D + 2 * kv) if cfg.qkv_bias else None, sizes)
-    attn = Attention(cfg, qkv, init.linear(D, D, cfg.bias, end), rotate, index)
+    q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+    sizes = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+    qkv = PackedLinear(init.normal(q + 2 * kv, D), init.zeros(q + 2 * kv) if cfg.qkv_bias else None, sizes)
+    attn = Attention(cfg, qkv, init.linear(q, D, cfg.o_bias, end), rotate, index)
     if cfg.mlp == "swiglu":
         mlp: Module = GatedMLP(init.linear(D, F, cfg.bias), init.linear(D, F, cfg.bias), init.linear(F, D, cfg.bias, end))
     else:

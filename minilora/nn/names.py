@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 import numpy as np
 
 from .config import TransformerConfig
@@ -53,22 +56,99 @@ LLAMA = {
     "head": "lm_head",
     "classifier": "score",
 }
-TABLES = {"gpt2": GPT2, "bert": BERT, "llama": LLAMA}
+DISTILBERT = {
+    "embed": "distilbert.embeddings.word_embeddings",
+    "pos_embed": "distilbert.embeddings.position_embeddings",
+    "embed_norm": "distilbert.embeddings.LayerNorm",
+    "layers.{i}.attn.q_proj": "distilbert.transformer.layer.{i}.attention.q_lin",
+    "layers.{i}.attn.k_proj": "distilbert.transformer.layer.{i}.attention.k_lin",
+    "layers.{i}.attn.v_proj": "distilbert.transformer.layer.{i}.attention.v_lin",
+    "layers.{i}.attn.o_proj": "distilbert.transformer.layer.{i}.attention.out_lin",
+    "layers.{i}.attn_norm": "distilbert.transformer.layer.{i}.sa_layer_norm",
+    "layers.{i}.mlp.up_proj": "distilbert.transformer.layer.{i}.ffn.lin1",
+    "layers.{i}.mlp.down_proj": "distilbert.transformer.layer.{i}.ffn.lin2",
+    "layers.{i}.mlp_norm": "distilbert.transformer.layer.{i}.output_layer_norm",
+    "pooler": "pre_classifier",
+    "classifier": "classifier",
+}
+ROBERTA = {ours: theirs.replace("bert.", "roberta.", 1) for ours, theirs in BERT.items()}
+TABLES = {"gpt2": GPT2, "bert": BERT, "roberta": ROBERTA, "distilbert": DISTILBERT, "llama": LLAMA, "mistral": LLAMA,
+          "qwen2": LLAMA}
+BY_HEAD = {("roberta", "sequence"): {"pooler": "classifier.dense", "classifier": "classifier.out_proj"}}
+GGUF = {                                               # llama.cpp's names, for the llama architecture
+    "embed": "token_embd",
+    "layers.{i}.attn_norm": "blk.{i}.attn_norm",
+    "layers.{i}.attn.q_proj": "blk.{i}.attn_q",
+    "layers.{i}.attn.k_proj": "blk.{i}.attn_k",
+    "layers.{i}.attn.v_proj": "blk.{i}.attn_v",
+    "layers.{i}.attn.o_proj": "blk.{i}.attn_output",
+    "layers.{i}.mlp_norm": "blk.{i}.ffn_norm",
+    "layers.{i}.mlp.gate_proj": "blk.{i}.ffn_gate",
+    "layers.{i}.mlp.up_proj": "blk.{i}.ffn_up",
+    "layers.{i}.mlp.down_proj": "blk.{i}.ffn_down",
+    "final_norm": "output_norm",
+    "head": "output",
+}
 TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc")}    # modules whose weight the files store as (in, out)
 DEFAULT_TARGETS = {"gpt2": ("qkv_proj",)}              # PEFT's default targets; q_proj and v_proj everywhere else
 BLOCKS = ("q_proj", "k_proj", "v_proj")                # the row blocks of qkv_proj, in order
 
+# What files hold beyond the tables: constants that are no weights, and heads that we do not build.
+CONSTANTS = re.compile(r"(.*\.)?(attn\.(masked_)?bias|position_ids|rotary_emb\.inv_freq)")
+HEADS = {
+    "bert": r"cls\..*|classifier\..*|qa_outputs\..*|(bert\.)?pooler\..*",
+    "roberta": r"lm_head\..*|classifier\..*|qa_outputs\..*|(roberta\.)?pooler\..*",
+    "distilbert": r"vocab_.*|pre_classifier\..*|classifier\..*|qa_outputs\..*",
+}
+CAUSAL_HEADS = r"lm_head\..*|score\..*"
 
-def file_names(cfg: TransformerConfig) -> dict[str, str]:
-    """Our module path -> the file's module path, for every module of this architecture; empty without a model_type."""
-    table = TABLES.get(cfg.model_type or "", {})
+
+def file_names(cfg: TransformerConfig, table: dict[str, str] | None = None) -> dict[str, str]:
+    """Our module path -> the file's module path, for every module of this architecture; empty without a model_type.
+
+    A model without a head has the names of the bare model, without the first part ("bert."). table: another one to fill in.
+    """
+    if table is None:
+        table = TABLES.get(cfg.model_type or "", {}) | BY_HEAD.get((cfg.model_type or "", cfg.head), {})
+        if cfg.head == "none":
+            table = {ours: theirs.removeprefix(root(cfg)) for ours, theirs in table.items()}
     return {ours.format(i=i): theirs.format(i=i) for ours, theirs in table.items()
             for i in range(cfg.n_layers if "{i}" in ours else 1)}
+
+
+def root(cfg: TransformerConfig) -> str:
+    """What the names of a model with a head begin with, and those of the bare model do not: "bert.", "model." …"""
+    return TABLES[cfg.model_type or ""]["embed"].partition(".")[0] + "."
+
+
+def unused(cfg: TransformerConfig, key: str) -> bool:
+    """Whether a checkpoint may hold this key although the model has no place for it."""
+    return bool(CONSTANTS.fullmatch(key) or re.fullmatch(HEADS.get(cfg.model_type or "", CAUSAL_HEADS), key))
 
 
 def stored_transposed(cfg: TransformerConfig, file_path: str) -> bool:
     """Whether the files store this module's weight as (in, out), as GPT-2's Conv1D does."""
     return file_path.rpartition(".")[2] in TRANSPOSED.get(cfg.model_type or "", ())
+
+
+def file_keys(cfg: TransformerConfig, paths: Iterable[str]) -> dict[str, list[str]]:
+    """The tensors of a checkpoint -> the parameters (our paths) that each holds: one, or the row blocks of a packed weight.
+
+    Raises ValueError for a parameter that the architecture's files do not have, such as an adapter's.
+    """
+    names, keys = file_names(cfg), dict[str, list[str]]()
+    for path in paths:
+        module, _, leaf = path.rpartition(".")
+        prefix, _, block = module.rpartition(".")
+        packed = f"{prefix}.qkv_proj" if block in BLOCKS else module
+        if names and not names.keys() & {module, packed}:
+            raise ValueError(f"{path} has no name in the files of {cfg.model_type} models: merge adapters first, or use a "
+                             "model without model_type")
+        keys.setdefault(f"{names.get(module) or names.get(packed, module)}.{leaf}", []).append(path)
+    for held in keys.values():
+        if len(held) > 1:
+            held.sort(key=lambda path: BLOCKS.index(path.split(".")[-2]))
+    return keys
 
 
 def import_state(cfg: TransformerConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -77,7 +157,7 @@ def import_state(cfg: TransformerConfig, tensors: dict[str, np.ndarray]) -> dict
     Keys that belong to no module of the table are returned under their own name, so that load_state_dict reports them.
     """
     ours = {theirs: path for path, theirs in file_names(cfg).items()}
-    widths = np.cumsum([cfg.d_model, (cfg.n_kv_heads or cfg.n_heads) * cfg.head_dim])
+    widths = np.cumsum([cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim])
     state = {}
     for key, array in tensors.items():
         module, _, leaf = key.rpartition(".")
@@ -95,20 +175,11 @@ def import_state(cfg: TransformerConfig, tensors: dict[str, np.ndarray]) -> dict
 def export_state(cfg: TransformerConfig, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The inverse of `import_state`: our state_dict under the file's names (our own without a model_type).
 
-    Raises ValueError for a module that the architecture's files do not have, such as an adapter.
+    Raises ValueError as file_keys does.
     """
-    names, tensors, state = file_names(cfg), {}, dict(state)
-    for path in [p for p in names if p.endswith("qkv_proj")]:
-        for leaf in ("weight", "bias"):
-            keys = [f"{path.removesuffix('qkv_proj')}{block}.{leaf}" for block in BLOCKS]
-            if keys[0] in state:
-                state[f"{path}.{leaf}"] = np.concatenate([state.pop(key) for key in keys])
-    for key, array in state.items():
-        module, _, leaf = key.rpartition(".")
-        if names and module not in names:
-            raise ValueError(f"{key} has no name in the files of {cfg.model_type} models: merge adapters first, or use a model "
-                             "without model_type")
-        name = names.get(module, module)
-        transposed = leaf == "weight" and stored_transposed(cfg, name)
-        tensors[f"{name}.{leaf}"] = np.ascontiguousarray(array.T if transposed else array)
+    tensors = {}
+    for key, paths in file_keys(cfg, state).items():
+        array = state[paths[0]] if len(paths) == 1 else np.concatenate([state[path] for path in paths])
+        transposed = key.endswith(".weight") and stored_transposed(cfg, key.removesuffix(".weight"))
+        tensors[key] = np.ascontiguousarray(array.T if transposed else array)
     return tensors

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd import Tensor, cross_entropy, in_shards, linear_cross_entropy, recomputed, tanh
+from ..autograd import Tensor, cross_entropy, in_shards, linear_cross_entropy, recomputed, tanh, where
 from ..backend import Array, device_of, host_rng, kernels, to_device, to_host
 from .blocks import NORMS, Init, KVCache, Rope, Run, build_layer, unrotated
 from .config import TransformerConfig
 from .layers import Dropout, Embedding, Linear
 from .module import Module
+
+POOLERS: dict[str, Any] = {"tanh": tanh, "relu": lambda x: where(x.data > 0, x, 0.0)}        # BERT, RoBERTa; DistilBERT
 
 
 class Transformer(Module):
@@ -23,7 +25,8 @@ class Transformer(Module):
     Paths of its modules: embed, pos_embed, type_embed, embed_norm, layers.{i}.attn.{q,k,v,o}_proj,
     layers.{i}.mlp.{up,down,gate}_proj, layers.{i}.{attn,mlp}_norm, final_norm, head, pooler, classifier.
 
-    seed: of the initial weights and of dropout, drawn on the host. dtype: "float32" to train, "float64" to check.
+    seed: of the initial weights and of dropout, drawn on the host; None leaves all weights 0, for a file to fill. dtype:
+    "float32" to train, "float64" to check.
 
     recompute: set it to True to save memory: of each layer only the input is kept, and backward computes its activations
     again (a third more time). Not with dropout, whose masks would differ: ValueError.
@@ -31,14 +34,14 @@ class Transformer(Module):
 
     recompute = False
 
-    def __init__(self, cfg: TransformerConfig, seed: int = 0, dtype: str = "float32") -> None:
+    def __init__(self, cfg: TransformerConfig, seed: int | None = 0, dtype: str = "float32") -> None:
         self.cfg = cfg
-        self.rng = host_rng(seed)
-        init = Init(self.rng, dtype)
+        self.rng = host_rng(seed or 0)
+        init = Init(self.rng, dtype, blank=seed is None)
         D = cfg.d_model
         learned = cfg.position == "learned"
         self.embed = Embedding(init.normal(cfg.vocab_size, D))
-        self.pos_embed = Embedding(init.normal(cfg.max_len, D)) if learned else None
+        self.pos_embed = Embedding(init.normal(cfg.position_offset + cfg.max_len, D)) if learned else None
         self.type_embed = Embedding(init.normal(cfg.n_token_types, D)) if cfg.n_token_types else None
         self.embed_norm = None if cfg.norm_first else NORMS[cfg.norm](D, cfg.norm_eps, dtype)
         self.embed_dropout = Dropout(cfg.dropout, self.rng)
@@ -50,11 +53,12 @@ class Transformer(Module):
         self.classifier: Any = None
         if cfg.head == "lm":
             self.head = Linear(self.embed.weight if cfg.tie_embeddings else init.normal(cfg.vocab_size, D))
-        else:
-            self.pooler = init.linear(D, D, True) if cfg.head == "sequence" and not cfg.causal else None
-            assert cfg.n_labels is not None                        # the config has checked it
+        if cfg.pooler != "none":
+            self.pooler = init.linear(D, D, True)
+        if cfg.n_labels is not None and cfg.head != "lm":
             self.classifier = init.linear(D, cfg.n_labels, not cfg.causal)
-        self.answer = {"lm": self.lm_logits, "sequence": self.sequence_logits, "token": self.token_logits}[cfg.head]
+        self.answer = {"lm": self.lm_logits, "sequence": self.sequence_logits, "token": self.token_logits,
+                       "none": self.states}[cfg.head]
         self.adapter_configs: dict[str, Any] = {}                  # by adapter name, kept by lora/
 
     def __call__(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None,
@@ -102,7 +106,7 @@ class Transformer(Module):
         run = Run(self._key_mask(attention_mask, (shape[0], start + T)), start, cache)
         x = self.embed(to_host(ids))                               # checked there, on the host, once
         if self.pos_embed is not None:
-            x = x + self.pos_embed(np.arange(start, start + T)[None])                                 # (1, T, D)
+            x = x + self.pos_embed(self.positions(to_host(ids), start))                               # (1 or B, T, D)
         if self.type_embed is not None:
             types = np.zeros(shape, np.int64) if token_type_ids is None else token_type_ids
             x = x + self.type_embed(to_host(types))
@@ -120,6 +124,13 @@ class Transformer(Module):
             x = recomputed(partial(layer, run=run), x) if again else layer(x, run)
         return x if self.final_norm is None else self.final_norm(x)
 
+    def positions(self, ids: np.ndarray, start: int) -> np.ndarray:
+        """The rows of the position table: (1, T), or by RoBERTa's count, which leaves out padding, (B, T)."""
+        padding = self.cfg.position_offset - 1
+        if padding < 0:
+            return np.arange(start, start + ids.shape[1])[None]
+        return padding + np.cumsum(ids != padding, axis=1) * (ids != padding)
+
     def _shards(self, x: Tensor, run: Run) -> list[slice]:
         """The rows of the batch, shared out to threads where that is worth while and nothing forbids it."""
         shards = kernels(x.data).shards(len(x), x.size)
@@ -134,10 +145,13 @@ class Transformer(Module):
 
     def sequence_logits(self, x: Tensor, mask: Any) -> Tensor:    # (B, T, D) -> (B, n_labels)
         if self.pooler is not None:
-            return self.classifier(tanh(self.pooler(x[:, 0])))
+            return self.classifier(POOLERS[self.cfg.pooler](self.pooler(x[:, 0])))
         T = x.shape[1]
         last = np.full(x.shape[0], T - 1) if mask is None else T - 1 - np.argmax(to_host(mask)[:, ::-1] != 0, axis=1)
         return self.classifier(x[np.arange(x.shape[0]), last])
+
+    def states(self, x: Tensor, mask: Any) -> Tensor:             # (B, T, D) -> (B, T, D)
+        return x
 
     def new_cache(self) -> list[KVCache]:
         """An empty key-value cache for `model(ids, cache=...)`."""

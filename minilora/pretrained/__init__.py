@@ -1,1 +1,7 @@
-"""Pretrained models: checkpoints and adapters on disk."""
+"""Pretrained models: Hugging Face and GGUF files into our Transformer, and back."""
+
+from .load import load_pretrained
+from .save import save_pretrained
+from .tokenizer import Tokenizer
+
+__all__ = ["Tokenizer", "load_pretrained", "save_pretrained"]
