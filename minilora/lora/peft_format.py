@@ -127,8 +127,8 @@ def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], mod
     for path, entry in modules.items():
         tensors |= {f"{PREFIX}{path}.{leaf}": np.ascontiguousarray(array) for leaf, array in leaves_of(entry).items()}
     text = config_text(config, {path: (e["A"].shape[0], e["scale"]) for path, e in modules.items() if "A" in e},
-                       {re.sub(r"^classifier\..*", "classifier", path) for path, e in modules.items() if "A" not in e},    # RoBERTa: 2
-                       target_modules)
+                       {re.sub(r"^classifier\..*", "classifier", path)              # RoBERTa's has two layers
+                        for path, e in modules.items() if "A" not in e}, target_modules)
     contents = {WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}), CONFIG: text}
     temporary = {file: folder / f".{file}.{os.getpid()}.tmp" for file in contents}
     try:
