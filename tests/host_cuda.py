@@ -67,6 +67,9 @@ class HostDriver:
         self.launched: list[str] = []
         self.tf32: list[bool] = []
 
+    def put(self, host: np.ndarray) -> Any:
+        return fake_device.xp.asarray(host)
+
     def launch(self, name: str, dtype: Any, blocks: int, threads: int, *arguments: Any) -> None:
         fake_device._add(launches=1)
         self.launched.append(name)

@@ -1,12 +1,12 @@
 """NumPy or CuPy under the same lines. The only folder that imports CuPy."""
 
+from .cupy_driver import DeviceError, enough_memory
 from .device import (
     Array,
     Device,
     array_module,
     current_device,
     device_of,
-    enough_memory,
     get_device,
     host_rng,
     kernels,
@@ -15,7 +15,6 @@ from .device import (
     to_device,
     to_host,
 )
-from .errors import DeviceError
 
 __all__ = ["Array", "Device", "DeviceError", "array_module", "current_device", "device_of", "enough_memory", "get_device",
            "host_rng", "kernels", "register_device", "set_device", "to_device", "to_host"]

@@ -6,16 +6,34 @@ cupy_sources.py expects. The cuBLAS calls go through `cupy_backends`, because cu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from .cupy_kernels import CupyKernels
 from .cupy_sources import source
-from .errors import DeviceError
 
 DEFAULT_MATH, TF32_MATH = 0, 3              # of cublasMath_t
 NO_TRANSPOSE, TRANSPOSE = 0, 1              # of cublasOperation_t
+
+
+class DeviceError(RuntimeError):
+    """No CuPy, no GPU, or a CuPy that does not fit the driver. The message says what to install or change, in one line."""
+
+
+@contextmanager
+def enough_memory(device: str) -> Iterator[None]:
+    """What runs out of memory inside this block raises a MemoryError that says, in one line, what to change."""
+    try:
+        yield
+    except MemoryError as error:
+        if str(error).startswith("out of memory on device"):
+            raise
+        raise MemoryError(f"out of memory on device {device!r} ({' '.join(str(error).split())}): use fewer rows or shorter "
+                          "sequences in a batch (TrainConfig(accumulate=...) keeps the sum), fewer cells of a sweep at once "
+                          "(chunk=...), or a smaller model") from None
 
 
 class CupyDriver:
@@ -29,6 +47,11 @@ class CupyDriver:
         self.gemm = {"float32": (cublas.sgemm, cublas.sgemmStridedBatched),
                      "float64": (cublas.dgemm, cublas.dgemmStridedBatched)}
         self.numbers = {dtype: np.array([1.0, 0.0], dtype) for dtype in self.gemm}     # cuBLAS reads its α and β on the host
+
+    def put(self, host: np.ndarray) -> Any:
+        """A copy on the GPU. Raises MemoryError, saying what to change, if it has no room."""
+        with enough_memory("gpu"):
+            return self.cupy.asarray(host)
 
     def launch(self, name: str, dtype: Any, blocks: int, threads: int, *arguments: Any) -> None:
         """Run the kernel `name` for this dtype; arguments are arrays, ints and floats. Does not wait for it."""

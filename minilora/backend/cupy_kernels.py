@@ -19,7 +19,10 @@ NOTHING = 0         # an array that is not there, as an argument of a kernel
 
 
 class Driver(Protocol):
-    """What the kernels need of a device: to launch a kernel, and to have cuBLAS multiply."""
+    """What is needed of a device: to take an array, to launch a kernel, and to have cuBLAS multiply."""
+
+    def put(self, host: Any) -> Array:
+        """A host array on the device."""
 
     def launch(self, name: str, dtype: Any, blocks: int, threads: int, *arguments: Any) -> None:
         """Run the kernel `name` for this dtype; arguments are arrays, ints and floats. Does not wait for it."""

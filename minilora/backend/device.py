@@ -8,13 +8,13 @@ other through `to_device` and `to_host`, and nowhere else, because every crossin
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .cupy_driver import open_gpu
 from .generic import Kernels
 from .numpy_fast import NumpyKernels
 
@@ -49,9 +49,8 @@ _devices[np.generic] = CPU
 
 def _gpu() -> Device:
     """CuPy as a device, imported only when somebody asks for it. Raises DeviceError if it cannot run."""
-    from .cupy_driver import open_gpu
     cupy, own = open_gpu(tf32=os.environ.get("MINILORA_TF32", "0") not in ("", "0"))
-    return register_device(Device("gpu", cupy, cupy.ndarray, own, cupy.asarray, cupy.asnumpy))
+    return register_device(Device("gpu", cupy, cupy.ndarray, own, own.driver.put, cupy.asnumpy))
 
 
 def get_device(name: str) -> Device:
@@ -138,21 +137,7 @@ def to_device(array: Any, device: str | None = None) -> Array:
     target = get_device(device) if device else current_device()
     if isinstance(array, target.array_type):
         return array
-    with enough_memory(target.name):
-        return target.put(to_host(array))
-
-
-@contextmanager
-def enough_memory(device: str) -> Iterator[None]:
-    """What runs out of memory inside this block raises a MemoryError that says, in one line, what to change."""
-    try:
-        yield
-    except MemoryError as error:
-        if str(error).startswith("out of memory on device"):
-            raise
-        raise MemoryError(f"out of memory on device {device!r} ({' '.join(str(error).split())}): use fewer rows or shorter "
-                          "sequences in a batch (TrainConfig(accumulate=...) keeps the sum), fewer cells of a sweep at once "
-                          "(chunk=...), or a smaller model") from None
+    return target.put(to_host(array))
 
 
 def to_host(array: Any) -> np.ndarray:
