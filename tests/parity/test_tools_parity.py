@@ -20,7 +20,7 @@ from minilora.lora.files import read_adapter
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True` as embedding layers found:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Adapter .default.. .* LoRA tensor.s. have invalid shape"),  # its lora_bias
+    pytest.mark.filterwarnings("ignore:Adapter .default.. .* LoRA tensor.s. have invalid shape"),   # PEFT, of its lora_bias
 ]
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "bert": ["query", "value", "dense"],
            "llama": ["q_proj", "v_proj", "down_proj"]}
