@@ -125,6 +125,20 @@ def test_activations_of_a_number(threads):
         agree(name, np.array(0.7), exactly=(True,))
 
 
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("rows", [1, 33, 70])
+def test_feed_forward(rows, biases, name, threads):
+    """A few rows go through one product after the other, more of them in blocks through all."""
+    r = np.random.default_rng(0)
+    x, W1, W2, dy = (r.standard_normal(shape) for shape in ((rows, 5), (9, 5), (4, 9), (rows, 4)))
+    b1, b2 = (r.standard_normal(9), r.standard_normal(4)) if biases else (None, None)
+    for slope, hidden in ((False, False), (True, False), (True, True)):
+        agree("feed_forward", x, W1, b1, W2, b2, exactly=(name, slope, hidden))
+    agree("feed_forward_grad", dy, r.standard_normal((rows, 9)), W1, W2, exactly=(False,))
+    agree("feed_forward_grad", dy, r.standard_normal((rows, 9)), W1, W2, exactly=(True,))
+
+
 def test_swiglu(x, threads):
     agree("swiglu", 2.0 * x, like(x), exactly=(True,))
     agree("swiglu", 2.0 * x, like(x), exactly=(False,))

@@ -86,6 +86,8 @@ class NumpyKernels(BlockFormulas):
     def feed_forward(self, x: Array, W1: Array, b1: Array | None, W2: Array, b2: Array | None, activation: str, slope: bool,
                      hidden: bool) -> tuple[Array, Array | None, Array | None]:
         n, F = len(x), len(W1)
+        if n < FEW:                                                # too few rows to share out: each product shares its columns
+            return super().feed_forward(x, W1, b1, W2, b2, activation, slope, hidden)
         y = empty((n, len(W2)), x.dtype)
         s, h = empty((n, F), x.dtype) if slope else None, empty((n, F), x.dtype) if hidden else None
 
@@ -105,6 +107,8 @@ class NumpyKernels(BlockFormulas):
 
     def feed_forward_grad(self, dy: Array, s: Array, W1: Array, W2: Array, hidden: bool) -> tuple[Array, Array | None]:
         n = len(dy)
+        if n < FEW:
+            return super().feed_forward_grad(dy, s, W1, W2, hidden)
         dx, dh = empty((n, W1.shape[1]), dy.dtype), empty(s.shape, s.dtype) if hidden else None
 
         def part(block: slice) -> None:

@@ -102,7 +102,7 @@ def machine() -> dict[str, Any]:
 
 def measure(name: str, case: Case, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """One case: what the report says of it, and {"gpu", "versions"} of what it ran on."""
-    environment = os.environ | {"CUPY_TF32": str(int(case.tf32)), "PYTHONWARNINGS": "ignore::FutureWarning"}
+    environment = os.environ | {"MINILORA_TF32": str(int(case.tf32)), "PYTHONWARNINGS": "ignore::FutureWarning"}
     with tempfile.TemporaryDirectory() as folder:
         with started("start", case, folder, environment) as start:
             start.ask("start")
