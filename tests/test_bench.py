@@ -25,7 +25,7 @@ def small(name):
     """A case with every size made small."""
     case = CASES[name]
     heads = {"n_heads": 6, "n_kv_heads": 2 if case.config.model_type == "llama" else 6}
-    config = replace(case.config, vocab_size=V, d_model=D, n_layers=LAYERS, d_ff=FF, max_len=20, **heads)
+    config = replace(case.config, vocab_size=V, d_model=D, n_layers=LAYERS, d_ff=FF, head_dim=None, max_len=20, **heads)
     return replace(case, config=config, batch=1 if case.kind == "decode" else 3, tokens=7, new_tokens=case.new_tokens and 6,
                    ranks=(1, 3, 8) if case.kind == "sweep" else case.ranks, device="cpu", rounds=1, steps=1)
 
