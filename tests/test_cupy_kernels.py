@@ -408,7 +408,7 @@ def test_other_dtypes_take_the_generic_way(gpu, name, rng):
     launches(own).clear()
     got = getattr(own, name)(to_device(x, device))
     assert got.dtype == "float16" and not launches(own)
-    np.testing.assert_allclose(to_host(got), getattr(GENERIC, name)(x), rtol=0, atol=1e-2)
+    np.testing.assert_allclose(to_host(got), getattr(GENERIC, name)(x), rtol=0, atol=4e-3)   # two float16 ulps between 2 and 4
 
 
 def test_threads():

@@ -96,6 +96,7 @@ def test_the_message_names_input_element_and_both_numbers(device):
     assert found, message
     analytic, numeric, difference, allowed = (float(x) for x in found.groups())
     assert analytic == pytest.approx(3 * c[0, 2] * b[0, 2], rel=1e-8) and numeric == pytest.approx(c[0, 2] * b[0, 2], rel=1e-8)
+    # the message gives these two with three digits
     assert difference == pytest.approx(abs(analytic - numeric), rel=1e-2)
     assert allowed == pytest.approx(1e-8 + 1e-6 * abs(numeric), rel=1e-2)
 

@@ -478,6 +478,7 @@ def test_the_seed_decides_the_initial_weights_on_every_device(device):
     one, two, three = (Transformer(FORMS["llama"], seed=s).state_dict() for s in (0, 0, 1))
     assert all(np.array_equal(one[k], two[k]) for k in one) and not np.array_equal(one["embed.weight"], three["embed.weight"])
     wide = Transformer(TransformerConfig.gpt2(vocab_size=200, d_model=64, n_layers=8, n_heads=4)).state_dict()
+    # the deviation of 12,800 draws has a standard error of 0.6 %, that of the 16,384 below 0.55 %
     assert wide["embed.weight"].std() == pytest.approx(0.02, rel=0.05)
     assert wide["layers.3.mlp.down_proj.weight"].std() == pytest.approx(0.02 / 4, rel=0.05)              # / √(2 L)
     assert not wide["layers.3.mlp.down_proj.bias"].any() and (wide["final_norm.weight"] == 1).all()

@@ -69,7 +69,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.library: Any = need("gguf.quants")
+        self.quants: Any = need("gguf.quants")
         self.sizes: Any = need("gguf.constants").GGML_QUANT_SIZES
         with open(path, "rb") as file:
             try:
@@ -161,7 +161,7 @@ class GgufFile:
         else:
             raw = raw[start * width // shape[0] : stop * width // shape[0]]
         with np.errstate(all="ignore"):                    # what is not finite is reported below
-            values = self.library.dequantize(raw, kind)
+            values = self.quants.dequantize(raw, kind)
         return finite(values.reshape(stop - start, *shape[1:]), f"{self.path}: {key}")
 
     def _order(self, key: str, rows: int) -> np.ndarray:
