@@ -377,7 +377,7 @@ def test_a_base_that_multiplies_by_itself(device):
 
 
 def test_the_cheaper_order_is_chosen_and_a_wrong_wish_refused(device, put):
-    k, d, r = 12, 6, 2                                         # forming pays beyond n = 72/18 = 4 rows
+    k, d, r = 4, 6, 2                                          # forming pays beyond n = k = 4 rows
     W, A, B = (put(np.ones(s)) for s in ((d, k), (r, k), (d, r)))
     for n, formed in ((4, False), (5, True)):
         op = LoRALinear([1.0], [slice(0, d)], [None])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -169,9 +170,12 @@ class NumpyKernels(BlockFormulas):
 
         def part(block: slice) -> None:
             logits = np.matmul(x[block], W.T, out=empty((block.stop - block.start, len(W)), x.dtype))
-            losses[block], lse = self.cross_entropy(logits, targets[block], smoothing)
-            if dx is not None:
-                np.matmul(self.cross_entropy_grad(logits, lse, targets[block], weights[block], smoothing), W, out=dx[block])
+            if dx is None:
+                losses[block], _ = self.cross_entropy(logits, targets[block], smoothing)
+            else:
+                inside = self._inside(targets[block], len(W))
+                chain(partial(loss_and_gradient, smoothing), logits, inside, weights[block], losses[block], products=True)
+                np.matmul(logits, W, out=dx[block])
 
         for_blocks(part, spans(len(x), min(LOGITS // len(W), -(-len(x) // workers()))), products=True)
         return losses, dx
@@ -210,6 +214,23 @@ class NumpyKernels(BlockFormulas):
 
         p, g, m, v = (np.atleast_1d(a) for a in (p, g, m, v))
         chain(formula, p, g, m, v, *(np.broadcast_to(np.asarray(a, p.dtype), p.shape) for a in (decay, rate)), temporaries=1)
+
+
+def loss_and_gradient(smoothing: float, x: Array, target: Array, weight: Array, loss: Array) -> None:
+    """The cross-entropy of every row of the logits x (n, V), whose gradient takes their place: w (p - q)."""
+    n, share = np.arange(len(x)), smoothing / x.shape[1]
+    np.multiply(x[n, target], smoothing - 1.0, out=loss)
+    if smoothing:
+        loss -= share * x.sum(axis=-1)
+    top = x.max(axis=-1)
+    x -= top[:, None]
+    np.exp(x, out=x)
+    total = x @ np.ones(x.shape[1], x.dtype)
+    loss += np.log(total) + top
+    x *= (weight / total)[:, None]                                 # w p
+    if smoothing:
+        x -= (share * weight)[:, None]
+    x[n, target] -= (1.0 - smoothing) * weight
 
 
 def row_blocks(n: int) -> list[slice]:
