@@ -56,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument("--full", action="store_const", dest="size", const="full", help="more seeds and ranks, up to 45 minutes")
     study.set_defaults(size="default")
     study.add_argument("--seed", type=int, default=0, help="first seed (default 0)")
+    study.add_argument("--seeds", type=int, metavar="N", help="how many seeds (default: by the size)")
+    study.add_argument("--workers", metavar="dask://HOST:PORT", help="compute on a Dask cluster instead of this machine")
     study.add_argument("--device", default=None, help="cpu or gpu (default: $MINILORA_DEVICE, or cpu)")
     study.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="for the figure (default figures)")
     study.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
@@ -142,8 +144,10 @@ def _study(args: argparse.Namespace) -> None:
         raise ValueError(f"unknown study {args.name!r}: expected one of {', '.join(STUDIES)}")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: expected a whole number of at least 0")
+    if args.seeds is not None and args.seeds < 1:
+        raise ValueError(f"--seeds {args.seeds}: expected a whole number of at least 1")
     study = STUDIES[args.name]
-    report = study.run(Options(args.size, args.seed, args.out))
+    report = study.run(Options(args.size, args.seed, args.out, seeds=args.seeds, workers=args.workers))
     print(json.dumps(report) if args.json else study.table(report))
     if not args.json:
         print(f"    figure and numbers: {args.out / args.name.replace('-', '_')}.{{png,svg,json}}")

@@ -13,8 +13,9 @@ from minilora.nn import TransformerConfig
 from minilora.studies import STUDIES, Options, rank_quality
 from minilora.studies.common import Pretraining, cache_folder, pretrained_base
 from minilora.studies.planted import kl_divergence, planted_linear, planted_transformer
+from minilora.studies.text import Setting
 
-TINY = replace(rank_quality.SIZES["quick"], d_model=16, pretraining=Pretraining(4, 4, 3e-3, 16), steps=3, batch=4, windows=8,
+TINY = replace(rank_quality.SIZES["quick"], setting=Setting(16, 1, Pretraining(4, 4, 3e-3, 16), 3, 4, 8),
                ranks={"q, v": [1, 8], "all linear": [8]}, planted_steps=(20, 6))
 
 
@@ -60,7 +61,7 @@ def test_a_study_leaves_its_table_figure_and_numbers(tmp_path, monkeypatch):
     text = report["text"]
     assert [(row["targets"], row["rank"]) for row in text["rows"]] == [("q, v", 1), ("q, v", 8), ("all linear", 8)]
     for row in text["rows"]:
-        d, layers = TINY.d_model, TINY.n_layers
+        d, layers = TINY.setting.d_model, TINY.setting.n_layers
         per_rank = 2 * 2 * d if row["targets"] == "q, v" else 4 * d + 2 * d + 5 * d + 5 * d     # packed qkv, o, up, down
         assert row["trainable"] == layers * row["rank"] * per_rank
         assert len(row["losses"]) == TINY.seeds and row["loss_mean"] == pytest.approx(np.mean(row["losses"]))
@@ -79,19 +80,19 @@ def test_the_same_seed_gives_the_same_losses(tmp_path, monkeypatch):
 def test_the_cached_base_may_be_deleted_or_broken():
     cfg = TransformerConfig.gpt2(vocab_size=256, d_model=16, n_layers=1, n_heads=2, max_len=16)
     corpus, said = load_corpus("prose"), []
-    first = pretrained_base(cfg, corpus, TINY.pretraining, 0, said.append).state_dict()
+    first = pretrained_base(cfg, corpus, TINY.setting.pretraining, 0, said.append).state_dict()
     file, = cache_folder().iterdir()
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"\xff" * 100, None):
         file.write_bytes(content) if content is not None else file.unlink()
         said.clear()
-        again = pretrained_base(cfg, corpus, TINY.pretraining, 0, said.append).state_dict()
+        again = pretrained_base(cfg, corpus, TINY.setting.pretraining, 0, said.append).state_dict()
         assert said and all(np.array_equal(first[k], again[k]) for k in first)
     assert file.read_bytes() == whole
     said.clear()
-    pretrained_base(cfg, corpus, TINY.pretraining, 0, said.append)
+    pretrained_base(cfg, corpus, TINY.setting.pretraining, 0, said.append)
     assert not said                                        # read, not made
-    pretrained_base(cfg, corpus, TINY.pretraining, 1, said.append)
+    pretrained_base(cfg, corpus, TINY.setting.pretraining, 1, said.append)
     assert said                                            # another seed is another base
 
 
@@ -100,7 +101,7 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     blocked.write_text("")
     monkeypatch.setenv("MINILORA_CACHE", str(blocked / "below"))
     cfg, said = TransformerConfig.gpt2(vocab_size=256, d_model=16, n_layers=1, n_heads=2, max_len=16), []
-    pretrained_base(cfg, load_corpus("prose"), TINY.pretraining, 0, said.append)
+    pretrained_base(cfg, load_corpus("prose"), TINY.setting.pretraining, 0, said.append)
     assert any("not cached" in line for line in said)
 
 

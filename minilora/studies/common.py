@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from .. import training
+from .. import plots, training
 from ..data import Corpus, eval_batches, sample_batch
 from ..nn import Transformer, TransformerConfig
 
@@ -24,12 +24,15 @@ CACHE_VERSION = 1      # raise it when pretraining changes, so that old caches a
 
 @dataclass(frozen=True)
 class Options:
-    """What every study takes from the command line. size: "quick", "default" or "full"."""
+    """What every study takes from the command line. size: "quick", "default" or "full"; seeds: how many (None: by the size);
+    workers: dask://HOST:PORT, or None for this machine."""
 
     size: str = "default"
     seed: int = 0
     out: Path = Path("figures")
     progress: bool = True
+    seeds: int | None = None
+    workers: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,21 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def publish(report: dict[str, Any], figure: Any, options: Options) -> dict[str, Any]:
+    """Write the report as JSON and its figure, under the study's name, into the folder of the options; returns the report."""
+    name = report["study"].replace("-", "_")
+    write_json(options.out / f"{name}.json", report)
+    plots.save(figure, options.out / name)
+    return report
+
+
+def verdict_lines(report: dict[str, Any]) -> list[str]:
+    """What was expected, and each claim with what was found: for every study's table."""
+    return [f"expected: {report['expected']}",
+            *(f"    {'as expected' if claim['agrees'] else 'NOT so here'}: {claim['claim']} ({claim['found']})"
+              for claim in report["verdict"]), f"    {report['seconds']:.0f} s"]
 
 
 def cache_folder() -> Path:

@@ -8,35 +8,27 @@ hidden update has rank 4; (c) real text: a small base, pretrained on English pro
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .. import plots
-from ..data import Corpus, load_corpus
-from ..lora import LoraConfig, count_parameters, delete_adapter, merge_and_unload
-from ..nn import Transformer, TransformerConfig
-from ..rank.report import analyze
-from ..training import TrainConfig, mean_loss, sweep, train
-from .common import Options, Pretraining, pretrained_base, say, text_batches, validation, writable_folder, write_json
+from .cells import compute
+from .common import Options, Pretraining, say, writable_folder, write_json
 from .planted import planted_linear, planted_transformer
+from .text import ALL_LINEAR, Q_V, Setting, best_rate, full_cell, lora_cell, mean_and_sd
 
 QUESTION = "How does quality depend on LoRA's rank? Planted ranks with a known answer, then real text."
 ALPHA = 32.0                     # fixed for all ranks, so s = 32/r: then the best learning rate hardly depends on the rank
-TARGETS: dict[str, list[str] | str] = {"q, v": ["q_proj", "v_proj"], "all linear": "all-linear"}
+TARGETS: dict[str, list[str] | str] = {"q, v": Q_V, "all linear": ALL_LINEAR}
 
 
 @dataclass(frozen=True)
 class Size:
     """How much is computed."""
 
-    d_model: int
-    n_layers: int
-    pretraining: Pretraining
-    steps: int                   # of every fine-tuning run
-    batch: int
-    windows: int                 # of validation
+    setting: Setting
     seeds: int
     ranks: dict[str, list[int]]  # by target set
     lora_rates: list[float]
@@ -46,11 +38,11 @@ class Size:
 
 ALL = [1, 2, 4, 8, 16, 32, 64]
 SIZES = {
-    "quick": Size(64, 1, Pretraining(60, 16, 3e-3, 64), 20, 8, 64, 2, {"q, v": [1, 8, 64], "all linear": [8]},
+    "quick": Size(Setting(64, 1, Pretraining(60, 16, 3e-3, 64), 20, 8, 64), 2, {"q, v": [1, 8, 64], "all linear": [8]},
                   [3e-3, 1e-2], [1e-3, 3e-3], (300, 120)),
-    "default": Size(64, 2, Pretraining(500, 32, 3e-3, 64), 120, 16, 256, 2, {"q, v": ALL, "all linear": [1, 8, 64]},
+    "default": Size(Setting(64, 2, Pretraining(500, 32, 3e-3, 64), 120, 16, 256), 2, {"q, v": ALL, "all linear": [1, 8, 64]},
                     [3e-3, 1e-2, 2e-2, 4e-2], [1e-3, 3e-3, 6e-3, 1e-2], (600, 300)),
-    "full": Size(96, 2, Pretraining(800, 32, 3e-3, 64), 200, 16, 384, 3, {"q, v": ALL, "all linear": ALL},
+    "full": Size(Setting(96, 2, Pretraining(800, 32, 3e-3, 64), 200, 16, 384), 3, {"q, v": ALL, "all linear": ALL},
                  [1e-3, 3e-3, 1e-2, 2e-2, 4e-2], [3e-4, 1e-3, 3e-3, 6e-3, 1e-2], (1000, 400)),
 }
 
@@ -59,13 +51,13 @@ def run(options: Options) -> dict[str, Any]:
     """Compute everything, write figures/rank_quality.{png,svg,json}, and return the report."""
     size, start = SIZES[options.size], time.perf_counter()
     out = writable_folder(options.out)
-    seeds = [options.seed + i for i in range(size.seeds)]
+    seeds = [options.seed + i for i in range(options.seeds or size.seeds)]
     say("(a) planted rank, one linear layer")
     linear = planted_linear(size.planted_steps[0], options.seed)
     say("(b) planted rank, a Transformer")
     transformer = planted_transformer(size.planted_steps[1], seeds[:2], [1, 2, 3, 4, 6, 8])
     say("(c) real text")
-    text = real_text(size, seeds)
+    text = real_text(size, seeds, options)
     report = {"study": "rank-quality", "size": options.size, "seed": options.seed, "seconds": time.perf_counter() - start,
               "planted_linear": linear, "planted_transformer": transformer, "text": text}
     write_json(out / "rank_quality.json", report)
@@ -73,80 +65,47 @@ def run(options: Options) -> dict[str, Any]:
     return report
 
 
-def real_text(size: Size, seeds: list[int]) -> dict[str, Any]:
+def real_text(size: Size, seeds: list[int], options: Options) -> dict[str, Any]:
     """Base on prose, adapted to Python: every rank, target set and seed; the frozen base; full fine-tuning."""
-    prose, python = load_corpus("prose"), load_corpus("python")
-    T = size.pretraining.tokens
-    cfg = TransformerConfig.gpt2(vocab_size=256, d_model=size.d_model, n_layers=size.n_layers, n_heads=4, max_len=T)
-    base = pretrained_base(cfg, prose, size.pretraining, seeds[0], say)
-    valid = validation(python, 64, T, size.windows)
-    base_losses = {"loss": mean_loss(base, valid), "source_loss": mean_loss(base, validation(prose, 64, T, size.windows))}
+    setting = replace(size.setting, base_seed=seeds[0])
+    facts, given = setting.facts(), setting.to_dict()              # the base is made here, before the cells ask for it
 
-    lora_search = lora_runs(base, python, size, {"q, v": [8]}, [seeds[0]], size.lora_rates, valid)
-    lora_lr = min(lora_search, key=lambda row: row["loss"])["lr"]
-    full_search = [full_run(base, python, size, seeds[0], lr, valid) for lr in size.full_rates]
-    full_lr = min(full_search, key=lambda row: row["loss"])["lr"]
+    def adapters(targets: str, ranks: list[int], seed: int, rates: list[float], learned: bool) -> dict[str, Any]:
+        configs = [{"r": r, "lora_alpha": ALPHA, "target_modules": TARGETS[targets]} for r in ranks]
+        return {"setting": given, "configs": configs, "seeds": [seed], "lrs": rates, "learned": learned}
+
+    lora_search = compute(lora_cell, [adapters("q, v", [8], seeds[0], size.lora_rates, False)], options, "LoRA's rate")[0]
+    full_search = compute(full_cell, [{"setting": given, "seed": seeds[0], "lr": lr} for lr in size.full_rates], options,
+                          "full fine-tuning's rate")
+    lora_lr, full_lr = best_rate(lora_search), best_rate(full_search)
     say(f"    best learning rates at r = 8: LoRA {lora_lr:g}, full fine-tuning {full_lr:g}")
 
-    full = [full_run(base, python, size, seed, full_lr, valid) for seed in seeds]
-    full_loss = [row["loss"] for row in full]
-    cells = lora_runs(base, python, size, size.ranks, seeds, [lora_lr], valid, keep=True)
-    total = count_parameters(base)["total"]
+    full_loss = [row["loss"] for row in compute(full_cell, [{"setting": given, "seed": seed, "lr": full_lr} for seed in seeds],
+                                                options, "full fine-tuning")]
+    places = [(targets, seed) for targets in reversed(size.ranks) for seed in seeds]              # the longest first
+    found = compute(lora_cell, [adapters(targets, size.ranks[targets], seed, [lora_lr], True) for targets, seed in places],
+                    options, "LoRA")
+    learned = [row | {"targets": targets} for (targets, _), rows in zip(places, found) for row in rows]
+    full_mean, full_sd = mean_and_sd(full_loss)
     rows = []
     for targets, ranks in size.ranks.items():
         for r in ranks:
-            group = [c for c in cells if c["targets"] == targets and c["rank"] == r]
-            losses = [c["loss"] for c in group]
+            group = [row for row in learned if row["targets"] == targets and row["rank"] == r]
+            losses = [row["loss"] for row in group]
+            mean, sd = mean_and_sd(losses)
             rows.append({"targets": targets, "rank": r, "trainable": group[0]["trainable"],
-                         "share": group[0]["trainable"] / total, "losses": losses, "loss_mean": float(np.mean(losses)),
-                         "loss_sd": _sd(losses), "above_full": float(np.mean(losses) - np.mean(full_loss)),
-                         "effective_rank": float(np.mean([c["effective_rank"] for c in group])),
-                         "energy_rank_90": float(np.mean([c["energy_rank_90"] for c in group]))})
-    return {"from": "English prose", "to": "Python source", "sha256": {c.name: c.sha256 for c in (prose, python)},
-            "model": cfg.to_dict(), "parameters": total, "seeds": len(seeds), "steps": size.steps, "batch": size.batch,
-            "tokens": T, "alpha": ALPHA, "scale": "alpha / r", "base": base_losses, "rows": rows,
-            "search": {"rank": 8, "targets": "q, v", "seed": seeds[0],
-                       "lora": [{"lr": c["lr"], "loss": c["loss"]} for c in lora_search],
-                       "full": [{"lr": c["lr"], "loss": c["loss"]} for c in full_search]},
-            "lora_lr": lora_lr, "full_lr": full_lr,
-            "full": {"losses": full_loss, "loss_mean": float(np.mean(full_loss)), "loss_sd": _sd(full_loss),
-                     "trainable": total},
-            "merge": next(c["merge"] for c in cells if c["rank"] == 8)}
-
-
-def lora_runs(base: Transformer, corpus: Corpus, size: Size, ranks: dict[str, list[int]], seeds: list[int], rates: list[float],
-              valid: list[Any], keep: bool = False) -> list[dict[str, Any]]:
-    """One row for every target set, rank, seed and rate; the ranks of a target set train side by side.
-
-    keep: also analyse what each adapter learned, and check that merging it changes nothing.
-    """
-    T, rows = size.pretraining.tokens, []
-
-    def task(step: int, rng: np.random.Generator) -> Any:
-        return text_batches(corpus, size.batch, T, int(rng.integers(2**31)))(step)
-
-    for targets, wanted in ranks.items():
-        configs = [LoraConfig(r=r, lora_alpha=ALPHA, target_modules=TARGETS[targets]) for r in wanted]
-        result = sweep(base, task, configs, seeds=seeds, lrs=rates, train=_config(size, 0.0), evaluate=valid)
-        for k, cell in enumerate(result.rows):
-            row = {"targets": targets, "rank": cell["rank"], "seed": cell["seed"], "lr": cell["lr"], "loss": cell["eval_loss"]}
-            if keep:
-                result.install(base, k, "learned")
-                found = analyze(base, name="learned").summary()
-                row |= {"trainable": count_parameters(base)["trainable"], "effective_rank": found["mean_effective_rank"],
-                        "energy_rank_90": found["mean_energy_rank_90"],
-                        "merge": {"adapter": mean_loss(base, valid), "merged": mean_loss(merge_and_unload(base), valid)}}
-                delete_adapter(base, "learned")
-            rows.append(row)
-    return rows
-
-
-def full_run(base: Transformer, corpus: Corpus, size: Size, seed: int, lr: float, valid: list[Any]) -> dict[str, Any]:
-    """Full fine-tuning of a copy of the base."""
-    model = Transformer(base.cfg)
-    model.load_state_dict(base.state_dict())
-    train(model.unfreeze(), text_batches(corpus, size.batch, size.pretraining.tokens, seed), _config(size, lr))
-    return {"lr": lr, "loss": mean_loss(model, valid)}
+                         "share": group[0]["trainable"] / facts["parameters"], "losses": losses, "loss_mean": mean,
+                         "loss_sd": sd, "above_full": mean - full_mean,
+                         "effective_rank": mean_and_sd([row["effective_rank"] for row in group])[0],
+                         "energy_rank_90": mean_and_sd([row["energy_rank_90"] for row in group])[0]})
+    return facts | {"seeds": len(seeds), "alpha": ALPHA, "scale": "alpha / r", "rows": rows,
+                    "search": {"rank": 8, "targets": "q, v", "seed": seeds[0],
+                               "lora": [{"lr": row["lr"], "loss": row["loss"]} for row in lora_search],
+                               "full": [{"lr": row["lr"], "loss": row["loss"]} for row in full_search]},
+                    "lora_lr": lora_lr, "full_lr": full_lr,
+                    "full": {"losses": full_loss, "loss_mean": full_mean, "loss_sd": full_sd,
+                             "trainable": facts["parameters"]},
+                    "merge": next(row["merge"] for row in learned if row["rank"] == 8)}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -184,10 +143,3 @@ def table(report: dict[str, Any]) -> str:
     ]
     return "\n".join(lines)
 
-
-def _config(size: Size, lr: float) -> TrainConfig:
-    return TrainConfig(steps=size.steps, lr=lr, warmup=0.1, schedule="cosine", weight_decay=0.0, clip=1.0)
-
-
-def _sd(values: list[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
