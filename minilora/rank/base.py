@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, array_module, to_host
+from ..backend import Array, array_module, device_of, to_device, to_host
 from ..lora import LoraConfig, adapters_of, add_adapter, disable_adapter, set_adapter
 from ..lora.layer import dense
 from ..lora.model import adaptations
@@ -125,7 +125,10 @@ def intruder_correction(update: Update, W: Array, factor: float = 0.7, epsilon: 
     size = float(np.linalg.norm(to_host(update.svd[1])))
     facts = {"intruders": found.tolist(), "cosines": cosines[found].tolist(), "sigma": sigma.tolist(), "norm": norm,
              "relative_norm": norm / size if size else 0.0}
-    return (Update(Vh[found], U[:, found] * S[found], factor - 1.0) if len(found) else None), facts
+    if not len(found):
+        return None, facts
+    places = to_device(found, device_of(W).name)
+    return Update(Vh[places], U[:, places] * S[places], factor - 1.0), facts
 
 
 def reduce_intruders(model: Transformer, factor: float = 0.7, epsilon: float = 0.5, top: int = 10, name: str = "default",

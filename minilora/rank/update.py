@@ -91,12 +91,17 @@ def found_in(source: Transformer | str | PathLike[str], name: str) -> tuple[dict
                 A, B = (t.data if isinstance(t, Tensor) else t for t in factors[:2])
                 found[path] = Update(A, B, float(factors[2]))
     else:
-        for path, entry in read_adapter(source)[1].items():
+        for path, entry in sorted(read_adapter(source)[1].items(), key=lambda item: _by_number(item[0])):
             if "A" not in entry:
                 left_out[path] = "saved whole"
             else:
                 found[path] = Update(entry["A"], entry["B"], float(entry["scale"]))
     return found, left_out
+
+
+def _by_number(path: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts layer 2 before layer 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in path.split(".")]
 
 
 def set_factors(adapter: Any, A: Array, B: Array) -> None:  # (q, k), (d, q)
