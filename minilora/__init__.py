@@ -40,10 +40,10 @@ from .lora import (
 from .lora.files import load_adapter, save_adapter
 from .nn import Module, Parameter, Transformer, TransformerConfig, generate
 from .pretrained import load_pretrained, reference, save_pretrained
+from .pretrained.analysis import analyze
 from .pretrained.edit import compose, resize
 from .pretrained.extract import extract
 from .pretrained.merge import merge_checkpoint
-from .rank.report import analyze
 from .training import TrainConfig, sweep, train
 
 __version__ = "0.1.0"

@@ -17,10 +17,10 @@ import minilora
 from . import bench, plots
 from .backend import DeviceError, current_device, set_device
 from .pretrained import reference
+from .pretrained.analysis import analyze
 from .pretrained.edit import compose, resize
 from .pretrained.extract import extract
 from .pretrained.merge import merge_checkpoint
-from .rank.report import analyze
 from .studies import STUDIES, Options
 from .studies.common import writable_folder
 
@@ -72,12 +72,19 @@ def parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--out", type=Path, default=Path("figures"), metavar="DIR", help="for the figure (default figures)")
     benchmark.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
-    analysis = _verb(verbs, "analyze", _analyze, "singular values and ranks of an adapter", "minilora analyze my-adapter")
-    analysis.add_argument("directory", help="a folder with adapter_config.json and adapter_model.safetensors")
-    analysis.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw the effective ranks and the spectra")
-    _json(analysis)
+    _analyze_verb(verbs)
     _file_verbs(verbs)
     return top
+
+
+def _analyze_verb(verbs: Any) -> None:
+    """The rank analysis of an adapter's folder."""
+    analysis = _verb(verbs, "analyze", _analyze, "singular values and ranks of an adapter, and what it does to its base",
+                     "minilora analyze my-adapter --base llama-1b --figure report.png")
+    analysis.add_argument("directory", help="a folder with adapter_config.json and adapter_model.safetensors")
+    analysis.add_argument("--base", metavar="DIR", help="the base's folder: adds relative norms, amplification and intruders")
+    analysis.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw ranks and spectra, with a base all of it")
+    _json(analysis)
 
 
 def _file_verbs(verbs: Any) -> None:
@@ -167,7 +174,7 @@ def _analyze(args: argparse.Namespace) -> None:
         if args.figure.suffix != ".png":
             raise ValueError(f"--figure {args.figure}: expected a name that ends in .png")
         writable_folder(args.figure.parent, "--figure")
-    report = analyze(args.directory)
+    report = analyze(args.directory, args.base)
     if args.figure is not None:
         plots.save(plots.adapter_map(report.to_dict()), args.figure.with_suffix(""))
     _print(report, args)

@@ -97,6 +97,24 @@ def test_analyze_prints_a_table_and_json(tmp_path, capsys, rng):
     np.testing.assert_allclose(found["modules"][name]["singular_values"], expected, rtol=1e-6)
 
 
+def test_analyze_with_a_base_prints_and_draws_more(tmp_path, capsys, rng):
+    cfg = TransformerConfig.gpt2(vocab_size=20, d_model=8, n_layers=1, n_heads=2)
+    model = Transformer(cfg)
+    add_adapter(model, LoraConfig(r=2, target_modules=["qkv_proj"]))
+    for adapter in adapters_of(model).values():
+        adapter.lora_B.data[...] = rng.standard_normal(adapter.lora_B.shape)
+    save_adapter(model, tmp_path / "adapter")
+    minilora.save_pretrained(Transformer(cfg), None, tmp_path / "base")
+    asked = ["analyze", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]
+    assert main([*asked, "--figure", str(tmp_path / "report.png")]) == 0
+    assert "amplif." in (shown := capsys.readouterr().out) and "intruders" in shown
+    assert {"report.png", "report.svg"} < {path.name for path in tmp_path.iterdir()}
+    assert main([*asked, "--json"]) == 0
+    row, = json.loads(capsys.readouterr().out)["modules"].values()
+    assert row["shape"] == [24, 8] and row["intruder_count"] >= 0 and row["amplification"] > 0
+    assert "neither model.safetensors" in fails([*asked[:3], str(tmp_path)], capsys)
+
+
 def test_analyze_of_nothing(tmp_path, capsys):
     line = fails(["analyze", str(tmp_path / "missing")], capsys)
     assert "missing" in line

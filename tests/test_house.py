@@ -24,7 +24,7 @@ NAMES = [path.relative_to(PACKAGE).as_posix() for path in FILES]
 # A library -> where it may be imported. An empty tuple: nowhere, for unpickling runs whatever the file says.
 IMPORTED_ONLY_IN = {
     "cupy": ("backend/",), "cupyx": ("backend/",), "cupy_backends": ("backend/",),
-    "matplotlib": ("plots.py",),
+    "matplotlib": ("plots/",),
     "pickle": (), "cloudpickle": (), "dill": (), "shelve": (), "marshal": (),
 }
 OPTIONAL = ("cupy", "torch", "transformers", "peft", "tokenizers", "huggingface_hub", "gguf", "jinja2", "sklearn",

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+import minilora as ml
 from minilora.backend import device_of, to_host
 from minilora.lora import LoraConfig, adapters_of, add_adapter, count_parameters, disable_adapter, merge_adapter, set_scale
 from minilora.lora.files import save_adapter
 from minilora.nn import Transformer, TransformerConfig
+from minilora.pretrained import load_pretrained, save_pretrained
 from minilora.rank import measures
 from minilora.rank.report import analyze
 
@@ -247,3 +249,82 @@ def test_a_classifier_in_a_directory_is_left_out(tmp_path):
 def test_a_directory_that_is_not_there():
     with pytest.raises(FileNotFoundError, match="does not exist: expected a folder with"):
         analyze("no/such/folder")
+
+
+# --- a base on disk ---------------------------------------------------------------------------------
+
+
+@forms
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_base_on_disk_gives_the_models_report_under_the_files_names(tmp_path, form, dtype):
+    """GPT-2's weights lie (in, out) in its files, and Llama's head may be tied: the report is that of the model in memory."""
+    head = {"n_labels": 3} if form == "bert" else {}       # transformers has no BERT with a language model's head of our kind
+    model = add(build(form, **head), TARGETS[form], rank_pattern={"up_proj": 2})
+    save_pretrained(build(form, **head), None, tmp_path / "base", dtype=dtype)
+    save_adapter(model, tmp_path / "adapter")
+    stored = load_pretrained(tmp_path / "base", dtype="float64")[0]
+    ours = analyze(model, base=stored).modules
+    theirs = ml.analyze(tmp_path / "adapter", base=str(tmp_path / "base")).modules
+    names = {path.format(i): file.format(i) for path, file in FILES[form].items() for i in range(L)}
+    assert theirs.keys() == {names[path] for path in ours}
+    for path, row in ours.items():
+        assert {"relative_norm", "amplification", "intruder_count", "intruder_cosines", "projection_top"} < row.keys()
+        assert theirs[names[path]].keys() == row.keys()
+        for key, value in row.items():
+            assert_allclose(theirs[names[path]][key], value, rtol=1e-6, atol=1e-6, err_msg=f"{path} {key}")
+
+
+def test_what_a_base_adds_is_that_of_dense_svds(device):
+    model, base = add(build("llama"), TARGETS["llama"], lora_alpha=30), build("llama", seed=5)
+    report = analyze(model, base=base)
+    for path, row in report.modules.items():
+        change, W = update_of(model, path)[0], to_host(base.get_module(path).weight.data)
+        u0, s0, _ = np.linalg.svd(W, full_matrices=False)
+        u, _, _ = np.linalg.svd(W + change, full_matrices=False)
+        C = np.abs(u.T @ u0)
+        assert_allclose(row["intruder_cosines"], C[:10].max(axis=1), atol=1e-8)
+        assert row["intruder_count"] == (C[:10].max(axis=1) < 0.5).sum()
+        assert_allclose(np.cos(row["rotation"]), C[:, :10].max(axis=0), atol=1e-8)
+        U, _, Vh = np.linalg.svd(change, full_matrices=False)
+        assert_allclose([row["base_norm"], row["projection"], row["projection_top"], row["projection_random"]],
+                        [np.linalg.norm(W), np.linalg.norm(U[:, :3].T @ W @ Vh[:3].T), np.linalg.norm(s0[:3]),
+                         np.linalg.norm(W) * 3 / W.size**0.5], rtol=1e-9)
+    assert sum(row["intruder_count"] for row in report.modules.values()) > 0
+    found = report.to_dict()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert "intruders" in str(report).splitlines()[0] and found["summary"]["mean_intruder_count"] > 0
+    plain = analyze(model, base=base, intruders=False).modules
+    assert not any("intruder_count" in row for row in plain.values())
+    assert all("intruder_count" in row for row in analyze(model, intruders=True).modules.values())
+
+
+def test_a_base_on_disk_with_a_tied_head(tmp_path):
+    model = add(build("llama", tie_embeddings=True), ["up_proj"])
+    save_pretrained(build("llama", tie_embeddings=True), None, tmp_path / "base", dtype="float64")
+    save_adapter(model, tmp_path / "adapter")
+    for path, row in analyze(tmp_path / "adapter", base=build("llama", tie_embeddings=True)).modules.items():
+        found = ml.analyze(tmp_path / "adapter", tmp_path / "base").modules[path]
+        assert_allclose(found["amplification"], row["amplification"], rtol=1e-12)
+
+
+def test_a_base_on_disk_that_does_not_fit(tmp_path):
+    save_adapter(add(build("llama"), ["up_proj"]), tmp_path / "adapter")
+    for name, fields in (("wide", {"d_ff": 20}), ("short", {"n_layers": 1})):
+        save_pretrained(build("llama", **fields), None, tmp_path / name)
+        with pytest.raises(ValueError, match=r"an update of shape \(12, 8\), expected \(20, 8\)|has no tensor 'model\.layers\.1"):
+            ml.analyze(tmp_path / "adapter", tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+        ml.analyze(tmp_path / "adapter", tmp_path)
+
+
+def test_a_model_takes_a_base_from_disk(tmp_path):
+    model = add(build("llama"), ["up_proj"])
+    save_pretrained(build("llama", seed=3), None, tmp_path / "base", dtype="float64")
+    base = load_pretrained(tmp_path / "base")[0]
+    assert ml.analyze(model, tmp_path / "base").to_dict() == ml.analyze(model, base).to_dict()
+
+
+def test_modules_of_a_directory_come_layer_by_layer(tmp_path):
+    save_adapter(add(build("llama", n_layers=11), ["up_proj", "q_proj"]), tmp_path)
+    layers = [int(name.split(".")[2]) for name in analyze(tmp_path).modules]
+    assert layers == sorted(layers) and layers[-1] == 10

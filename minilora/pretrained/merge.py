@@ -46,9 +46,9 @@ def merge_checkpoint(base: str | os.PathLike[str], directory: str | os.PathLike[
     nothing is left in `out`.
     """
     checkpoint, adapter = Checkpoint(base), AdapterFolder(directory)
-    plan = _plan(checkpoint, adapter)
+    plan = adapter_plan(checkpoint, adapter)
     notes = []
-    table = _tied(checkpoint, plan)
+    table = tied_table(checkpoint, plan)
     if table is not None:
         if not untie:
             raise ValueError(f"the adapter changes {table if table in plan else HEAD}, and the base's head shares that table "
@@ -67,7 +67,7 @@ def merge_checkpoint(base: str | os.PathLike[str], directory: str | os.PathLike[
     return _report(rows, notes)
 
 
-def _plan(checkpoint: Checkpoint, adapter: AdapterFolder) -> dict[str, tuple[str, str]]:
+def adapter_plan(checkpoint: Checkpoint, adapter: AdapterFolder) -> dict[str, tuple[str, str]]:
     """Tensor name in the base -> (module of the adapter, "delta" | "lora_bias" | "weight" | "bias").
 
     A base saved without its head lacks the first part of every name (GPT-2's "transformer."), or has it where the adapter,
@@ -112,7 +112,7 @@ def _check(checkpoint: Checkpoint, adapter: AdapterFolder, key: str, path: str, 
                              "is it the base that the adapter was trained on?")
         return
     shape = (len(entry["B"]), entry["A"].shape[1])
-    if place.shape != shape and not _flipped(adapter, path, place.shape):
+    if place.shape != shape and not stored_flipped(adapter, path, place.shape):
         hint = ": the weight is stored (in, out), and the config lacks fan_in_fan_out" if place.shape == shape[::-1] else ""
         raise ValueError(f"{key}: got an update of shape {shape}, expected {place.shape}, the base's{hint}; is it the base "
                          "that the adapter was trained on?")
@@ -124,7 +124,7 @@ def _check(checkpoint: Checkpoint, adapter: AdapterFolder, key: str, path: str, 
                              f"{place.shape}: merge into the base it was trained on, with the vocabulary resized as it was")
 
 
-def _flipped(adapter: AdapterFolder, path: str, shape: tuple[int, ...]) -> bool:
+def stored_flipped(adapter: AdapterFolder, path: str, shape: tuple[int, ...]) -> bool:
     """Whether the base stores this weight as (in, out), as the adapter's config and the shape say. (Of GPT-2's layers the
     head is stored (out, in), whatever the config says.)"""
     entry = adapter.shapes[path]
@@ -132,7 +132,7 @@ def _flipped(adapter: AdapterFolder, path: str, shape: tuple[int, ...]) -> bool:
     return bool(adapter.options["fan_in_fan_out"]) and not entry["embedding"] and shape == turned
 
 
-def _tied(checkpoint: Checkpoint, plan: dict[str, Any]) -> str | None:
+def tied_table(checkpoint: Checkpoint, plan: dict[str, Any]) -> str | None:
     """The table that a head shares, if the plan changes it or the head; else None."""
     tables = [key for key in checkpoint.files if key.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))]
     config = checkpoint.config()
@@ -196,7 +196,7 @@ def _one(checkpoint: Checkpoint, adapter: AdapterFolder, plan: dict[str, tuple[s
         writer.add(key, W + entry["scale"] * entry["lora_bias"].astype(np.float64), place.dtype)
         return
     sums: dict[str, float] = {}
-    flip = _flipped(adapter, path, W.shape)
+    flip = stored_flipped(adapter, path, W.shape)
     writer.add_chunks(key, place.dtype, place.shape, _merged(key, W, entry, place.dtype, flip, sums))
     size = sums["update"] ** 0.5
     rows[path] = {"dtype": place.dtype, "shape": list(W.shape), "norm": size, "kept": relative(sums["along"], sums["update"]),

@@ -11,6 +11,7 @@ R^k.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,28 @@ def random_baseline(i: Any, j: Any, k: int) -> Any:
                          f"expected numbers of directions from 1 to {k}")
     baseline = np.maximum(i, j) / k
     return baseline if baseline.ndim else float(baseline)
+
+
+def null_similarity(r1: int, r2: int, k: int, quantiles: Sequence[float] = (0.05, 0.5, 0.95), draws: int = 200,
+                    seed: int = 0) -> tuple[np.ndarray, np.ndarray]:      # -> (len(quantiles), r1, r2), (min(r1, r2),)
+    """What chance gives: quantiles of φ(i, j) between random directions in R^k, and the medians of their principal angles.
+
+    Only the relative place of the two subspaces matters, so the first is e₁ … e_r1 and the second the Q of a normal matrix
+    G = QR (k, r2), of which its first r1 rows are needed. The other rows count through their own R alone, whose law is known
+    (Bartlett: χ on the diagonal, normal above it), so a draw costs the same for every k. On the host.
+    Raises ValueError for more directions than R^k has.
+    """
+    random_baseline(r1, r2, k)                                                # checks the sizes
+    rng = np.random.default_rng(seed)
+    head, rest = rng.standard_normal((draws, r1, r2)), rng.standard_normal((draws, min(r2, k - r1), r2))
+    if r2 <= k - r1:
+        rest = np.triu(rest, 1)
+        rest[:, range(r2), range(r2)] = np.sqrt(rng.chisquare(k - r1 - np.arange(r2), (draws, r2)))
+    C = np.linalg.qr(np.concatenate([head, rest], axis=1))[0][:, :r1]         # (draws, r1, r2), the cosines
+    grids = np.cumsum(np.cumsum(C * C, axis=1), axis=2)
+    grids /= np.minimum(np.arange(1, r1 + 1)[:, None], np.arange(1, r2 + 1))
+    cosines = np.linalg.svd(C, compute_uv=False)
+    return np.quantile(grids, quantiles, axis=0), np.median(np.arccos(np.minimum(cosines, 1.0)), axis=0)
 
 
 def principal_angles(Vh1: Array, Vh2: Array) -> Array:  # (r1, k), (r2, k) -> (min(r1, r2),)

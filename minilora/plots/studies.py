@@ -1,49 +1,15 @@
-"""Figures: plain data in (a study's or report's to_dict()), matplotlib Axes out. The only file that imports matplotlib.
-
-Every function draws into the Axes it is given and returns them, so a notebook can arrange them as it likes. Colours are the
-Okabe-Ito set, told apart by colour-blind eyes, and each line also has its own marker or dash, so greyscale print works too.
-"""
+"""The figures of the main job and of the benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-BLUE, ORANGE, GREEN, PINK, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777", "#222222"
-
-STYLE: Any = {
-    "font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "lines.linewidth": 2.2,
-    "lines.markersize": 7, "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 160, "axes.axisbelow": True,
-    "svg.hashsalt": "minilora", "font.family": "DejaVu Sans",
-}
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as path.png and path.svg, through temporary names, without dates, so equal data give equal files."""
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-        part = path.with_name(f".{path.name}{suffix}.part")
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(part, format=suffix[1:], metadata=metadata, facecolor="white")
-        part.replace(path.with_suffix(suffix))
-    plt.close(figure)
-
-
-def rank_axis(ax: Axes, ranks: Sequence[int], label: str = "LoRA rank r") -> None:
-    """A logarithmic axis with the ranks themselves as its ticks."""
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(list(ranks))
-    ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel(label)
+from .style import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE, rank_axis
 
 
 def planted_linear(ax: Axes, data: dict[str, Any]) -> Axes:
@@ -140,44 +106,4 @@ def bench(data: dict[str, Any]) -> Figure:
             ax.tick_params(axis="y", length=0)
         place = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads")
         figure.suptitle(f"minilora against PyTorch + PEFT (below 1: minilora needs less)\n{place}", fontsize=15)
-    return figure
-
-
-def adapter_map(data: dict[str, Any]) -> Figure:
-    """An adapter's report: the effective rank of each module, layer by layer, and the spectra of all modules.
-
-    A module belongs to the layer of the first number in its path; those without one come below the layers.
-    """
-    rows = data["modules"]
-    place = {name: next((int(part) for part in name.split(".") if part.isdigit()), -1) for name in rows}
-    kind = {name: ".".join(part for part in name.split(".")[-2:] if not part.isdigit()) for name in rows}
-    layers, kinds = sorted(set(place.values())), list(dict.fromkeys(kind.values()))
-    grid = np.full((len(layers), len(kinds)), np.nan)
-    for name, row in rows.items():
-        grid[layers.index(place[name]), kinds.index(kind[name])] = row["effective_rank"]
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
-        image = left.imshow(np.ma.masked_invalid(grid), aspect="auto", cmap="cividis", origin="lower", interpolation="nearest")
-        left.grid(False)
-        left.set_xticks(range(len(kinds)), [name.rpartition(".")[2] for name in kinds], rotation=35, ha="right")
-        step = max(1, len(layers) // 16)
-        left.set_yticks(range(0, len(layers), step), ["none" if n < 0 else str(n) for n in layers[::step]])
-        left.set_ylabel("layer")
-        left.set_title("a   effective rank of ΔW", loc="left")
-        figure.colorbar(image, ax=left)
-        colours = plt.get_cmap("viridis")(np.linspace(0.0, 0.9, max(2, len(kinds))))
-        dashes = ("-", "--", "-.", ":")
-        for i, each in enumerate(kinds):
-            for j, name in enumerate(n for n in rows if kind[n] == each):
-                values = np.asarray(rows[name]["singular_values"])
-                if values[0] > 0:
-                    right.plot(np.arange(1, len(values) + 1), np.maximum(values / values[0], 1e-8), color=colours[i],
-                               linestyle=dashes[i % 4], alpha=0.6, linewidth=1.2,
-                               label=each.rpartition(".")[2] if j == 0 else None)
-        right.set_yscale("log")
-        right.set_xlabel("i")
-        right.set_ylabel("σᵢ / σ₁")
-        right.set_title("b   spectra of ΔW, one line a module", loc="left")
-        if right.get_legend_handles_labels()[0]:
-            right.legend(ncols=2)
     return figure

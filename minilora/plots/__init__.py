@@ -1,0 +1,25 @@
+"""Figures: plain data in (a study's or report's to_dict()), matplotlib Axes out. The only folder that imports matplotlib.
+
+Functions that take an Axes draw into it and return it, so a notebook can arrange them as it likes; the others make a Figure.
+"""
+
+from .analysis import (
+    adapter_map,
+    amplification_bars,
+    intruder_curves,
+    merge_errors,
+    module_map,
+    over_training,
+    principal_angles,
+    similarity,
+    similarity_lines,
+    similarity_map,
+    spectra,
+)
+from .studies import bench, planted_linear, planted_transformer, rank_quality, ratio_bars, text_ranks
+from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE, rank_axis, save
+
+__all__ = ["BLACK", "BLUE", "GREEN", "GREY", "ORANGE", "PINK", "STYLE", "adapter_map", "amplification_bars", "bench",
+           "intruder_curves", "merge_errors", "module_map", "over_training", "planted_linear", "planted_transformer",
+           "principal_angles", "rank_axis", "rank_quality", "ratio_bars", "save", "similarity", "similarity_lines",
+           "similarity_map", "spectra", "text_ranks"]
