@@ -119,15 +119,16 @@ which_matrices.run(Options("quick", out=Path(sys.argv[1]), progress=False))
 
 
 def start(out, cache):
-    return subprocess.Popen([sys.executable, "-c", RUN, str(out)], env=os.environ | {"MINILORA_CACHE": str(cache)},
-                            start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    with open(cache.with_suffix(".log"), "a", encoding="utf-8") as log:
+        return subprocess.Popen([sys.executable, "-c", RUN, str(out)], env=os.environ | {"MINILORA_CACHE": str(cache)},
+                                start_new_session=True, stdout=log, stderr=log)
 
 
 @pytest.mark.slow
 def test_a_study_killed_at_ten_moments_ends_with_the_same_table(tmp_path):
     began = time.monotonic()
     through = start(tmp_path / "through", tmp_path / "cache-through")
-    assert through.wait(300) == 0, through.stderr.read().decode()
+    assert through.wait(300) == 0, (tmp_path / "cache-through.log").read_text()
     whole, rng, stored = time.monotonic() - began, random.Random(0), []
     for _ in range(10):
         study = start(tmp_path / "killed", tmp_path / "cache-killed")
@@ -140,7 +141,7 @@ def test_a_study_killed_at_ten_moments_ends_with_the_same_table(tmp_path):
                 stored.append(len(connection.execute("SELECT key FROM cells").fetchall()))
     assert stored == sorted(stored)                                                # what was stored is never lost
     last = start(tmp_path / "killed", tmp_path / "cache-killed")
-    assert last.wait(300) == 0, last.stderr.read().decode()
+    assert last.wait(300) == 0, (tmp_path / "cache-killed.log").read_text()
     found, expected = (json.loads((tmp_path / name / "which_matrices.json").read_text()) for name in ("killed", "through"))
     assert found | {"seconds": 0} == expected | {"seconds": 0}
     assert not list((tmp_path / "killed").glob(".*"))

@@ -1,0 +1,121 @@
+"""Figures of the studies on text: choices, learning rates, lengths of text, starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE, rank_axis
+
+DASHED, MARKERS = (0, (4, 2)), "osD^vPX"
+
+
+def shades(count: int) -> np.ndarray:
+    """Colours from dark to light, of equal steps also in greyscale: for ranks and other ordered things."""
+    return plt.get_cmap("viridis")(np.linspace(0.0, 0.85, max(2, count)))
+
+
+def choices(ax: Axes, rows: list[dict[str, Any]], name: str) -> Axes:
+    """Mean and spread over seeds of each row, one below the other; rows of several kinds of matrices are filled."""
+    for i, row in enumerate(rows):
+        many = row.get("kinds", 1) > 1
+        ax.errorbar(row["loss_mean"], i, xerr=row["loss_sd"], color=ORANGE if many else BLUE, marker="s" if many else "o",
+                    markerfacecolor=ORANGE if many else "white", capsize=4, linestyle="none")
+    ax.set_yticks(range(len(rows)), [f"{row[name]}  (r = {row['rank']})" for row in rows])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    return ax
+
+
+def which_matrices(data: dict[str, Any]) -> Figure:
+    """The choices at one budget, between the frozen base and full fine-tuning."""
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(11, 6), layout="constrained")
+        choices(ax, data["rows"], "matrices")
+        ax.axvline(data["full"]["loss_mean"], color=GREEN, linestyle=(0, (6, 2)), label="full fine-tuning")
+        ax.axvline(data["text"]["base"]["loss"], color=BLACK, linestyle=DASHED, label="frozen base")
+        ax.plot([], [], "o", color=BLUE, markerfacecolor="white", label="one kind of matrix")
+        ax.plot([], [], "s", color=ORANGE, label="several kinds")
+        ax.set_xlabel("validation loss, nats per byte (lower is better)")
+        ax.set_title(f"Which matrices, at about {data['rows'][0]['trainable']:,} trained numbers? {data['text']['from']} to "
+                     f"{data['text']['to']}, {data['text']['seeds']} seeds", loc="left")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def rate_curves(ax: Axes, curves: list[dict[str, Any]], full: dict[str, Any]) -> Axes:
+    """Loss against learning rate, one line a rank, its best rate marked; full fine-tuning beside them."""
+    for colour, marker, curve in zip(shades(len(curves)), MARKERS, curves):
+        points = zip(curve["rates"], curve["loss_mean"], curve["loss_sd"])
+        rates, means, sds = zip(*[point for point in points if None not in point])             # None where a seed diverged
+        ax.errorbar(rates, means, yerr=sds, color=colour, marker=marker, capsize=3, label=f"LoRA, r = {curve['rank']}")
+        ax.plot(curve["fitted_rate"], curve["best_loss"], marker="|", markersize=22, markeredgewidth=3, color=colour)
+    known = [(lr, mean) for lr, mean in zip(full["rates"], full["loss_mean"]) if mean is not None]
+    ax.plot(*zip(*known), color=BLACK, linestyle=DASHED, marker="x", label="full fine-tuning")
+    ax.set_xscale("log")
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("validation loss, nats per byte")
+    return ax
+
+
+def rank_lr(data: dict[str, Any]) -> Figure:
+    """Learning rate against loss under both scales."""
+    policies = list(dict.fromkeys(curve["policy"] for curve in data["curves"]))
+    titles = {"alpha / r": "s = α/r", "alpha / sqrt(r)": "s = α/√r (rsLoRA)"}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(14, 5.6), layout="constrained", sharey=True)
+        for ax, policy, letter in zip(axes, policies, "ab"):
+            rate_curves(ax, [curve for curve in data["curves"] if curve["policy"] == policy], data["full"])
+            ax.set_title(f"{letter}   {titles[policy]}, α = {data['alpha'][policy]:.3g}", loc="left")
+        low = min(curve["best_loss"] for curve in [*data["curves"], data["full"]])
+        axes[0].set_ylim(low - 0.03, max(data["text"]["base"]["loss"], low + 0.1) + 0.05)
+        axes[0].legend()
+        axes[1].set_ylabel("")
+        figure.suptitle("Does the best learning rate depend on the rank? (the bar marks each best rate)", fontsize=15)
+    return figure
+
+
+def capacity(data: dict[str, Any]) -> Figure:
+    """Training loss against rank, one line a length of text, each with full fine-tuning's level."""
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(11, 6), layout="constrained")
+        ranks = [row["rank"] for row in data["groups"][0]["rows"]]
+        for colour, marker, group in zip(shades(len(data["groups"])), MARKERS, data["groups"]):
+            mean, sd = ([row[key] for row in group["rows"]] for key in ("loss_mean", "loss_sd"))
+            ax.errorbar(ranks, mean, yerr=sd, color=colour, marker=marker, capsize=4, label=f"{group['bytes']:,} bytes")
+            ax.axhline(group["full"]["loss_mean"], color=colour, linestyle=DASHED, linewidth=1.6)
+        ax.plot([], [], color=GREY, linestyle=DASHED, label="full fine-tuning on as many")
+        rank_axis(ax, ranks, "LoRA rank r (all linear layers)")
+        ax.set_ylabel("training loss, nats per byte")
+        ax.set_title(f"How much text can a rank hold? {data['text']['to']}, {data['text']['steps']} steps, "
+                     f"{data['text']['seeds']} seeds", loc="left")
+        ax.legend()
+    return figure
+
+
+def init(data: dict[str, Any]) -> Figure:
+    """The losses of the first steps from every start, and where they end on new text."""
+    rows, colours = data["rows"], [BLACK, BLUE, GREEN, ORANGE, PINK, "#56B4E9", "#E69F00"]
+    styles = ["-", DASHED, "-.", "-", ":", DASHED, "-."]
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), layout="constrained", width_ratios=(3, 2))
+        for row, colour, style in zip(rows, colours, styles):
+            left.plot(np.arange(1, len(row["curve"]) + 1), row["curve"], color=colour, linestyle=style,
+                      label=f"{row['start']} (rate {row['lr']:g})")
+        left.axhline(0.0, color=GREY, linestyle=(0, (1, 1)), label="frozen base")
+        left.set_xlabel("step")
+        left.set_ylabel("loss minus the base's on the same batch,\nnats per byte")
+        left.set_title("a   the first steps, each start at its best rate", loc="left")
+        low = min(min(row["curve"]) for row in rows)
+        left.set_ylim(1.08 * low, -0.6 * low)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        for i, (row, colour) in enumerate(zip(rows, colours)):
+            right.errorbar(row["loss_mean"], i, xerr=row["loss_sd"], color=colour, marker="o", capsize=4)
+        right.set_yticks(range(len(rows)), [row["start"] for row in rows])
+        right.set_ylim(len(rows) - 0.4, -0.6)
+        right.set_xlabel(f"validation loss after {data['text']['steps']} steps")
+        right.set_title("b   where they end", loc="left")
+    return figure
