@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "minilora"
 CORE = ("backend", "autograd", "nn", "lora", "rank")
 NOT_COUNTED = ("backend/cupy_*.py", "backend/numpy_*.py", "backend/parallel.py", "backend/memory.py", "nn/names.py",
                "*/__init__.py")
-BUDGET = 2_500      # lines of code in the core, about: it may be over by a fifth
+BUDGET = 2_500      # lines of code in the core, about: it may be over by a third
 LONGEST = 400       # lines, of any kind, in one file
 
 _NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}

@@ -67,7 +67,7 @@ def test_no_file_is_longer_than_its_limit(path: Path):
 
 def test_the_core_is_within_its_budget():
     total = sum(code for code, _ in measure_core.measure().values())
-    assert 0 < total <= measure_core.BUDGET * 6 / 5, f"{total} lines of code; python tests/measure_core.py shows where they are"
+    assert 0 < total <= measure_core.BUDGET * 4 / 3, f"{total} lines of code; python tests/measure_core.py shows where they are"
 
 
 @pytest.mark.parametrize("path", [PACKAGE / folder / "__init__.py" for folder in measure_core.CORE], ids=measure_core.CORE)

@@ -173,6 +173,15 @@ def test_a_planted_rotation_is_found(put):
         assert_allclose(alignment(update, put(W), top=5, side="input")["rotation"], 0.0, atol=1e-6)
 
 
+def test_a_direction_that_only_became_weaker_was_not_rotated(put):
+    """ΔW takes nearly all of W's first direction away: it is the last of W + ΔW, and still there."""
+    W = np.diag(np.arange(20.0, 4.0, -1.0))
+    update = Update(put(np.eye(1, 16)), put(-19.9 * np.eye(16, 1)))
+    found = alignment(update, put(W), top=3)
+    assert_allclose(found["rotation"], 0.0, atol=1e-6)
+    assert_allclose(found["sigma"], [19, 18, 17], rtol=1e-9)
+
+
 def test_an_update_of_a_zero_weight_is_all_intruders(put):
     W, update = pair(put, (8, 6), r=2)
     found = alignment(update, 0 * W)
@@ -238,6 +247,7 @@ def test_intruders_of_a_model_are_softened_by_a_second_adapter(device, targets):
     assert not any(path.startswith("layers.1") for path in facts)          # updates of zero have none
     corrections = updates(model, "correction")
     assert corrections.keys() == facts.keys()
+    assert all(model.get_module(path).adaptation.active == ["default", "correction"] for path in facts)
     for path, part in corrections.items():
         layer = model.get_module(path)
         with disable_adapter(model):

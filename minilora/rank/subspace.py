@@ -107,7 +107,7 @@ def null_similarity(r1: int, r2: int, k: int, quantiles: Sequence[float] = (0.05
     rng = np.random.default_rng(seed)
     head, rest = rng.standard_normal((draws, r1, r2)), rng.standard_normal((draws, min(r2, k - r1), r2))
     if r2 <= k - r1:
-        rest = np.triu(rest, 1)
+        rest = np.triu(rest)
         rest[:, range(r2), range(r2)] = np.sqrt(rng.chisquare(k - r1 - np.arange(r2), (draws, r2)))
     C = np.linalg.qr(np.concatenate([head, rest], axis=1))[0][:, :r1]         # (draws, r1, r2), the cosines
     grids = np.cumsum(np.cumsum(C * C, axis=1), axis=2)
