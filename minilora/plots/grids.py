@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .analysis import similarity_map
 from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE, rank_axis
 
 DASHED, MARKERS = (0, (4, 2)), "osD^vPX"
@@ -118,4 +119,65 @@ def init(data: dict[str, Any]) -> Figure:
         right.set_ylim(len(rows) - 0.4, -0.6)
         right.set_xlabel(f"validation loss after {data['text']['steps']} steps")
         right.set_title("b   where they end", loc="left")
+    return figure
+
+
+def subspaces(data: dict[str, Any]) -> Figure:
+    """Heat maps of φ for each module and pair in the paper's layout, and the lines against chance."""
+    modules = list(data["grids"])
+    pairs = list(data["grids"][modules[0]])
+    labels = {"r = 8 in r = 64": ("r = 8", "r = 64"), "two seeds, r = 64": ("seed 0", "seed 1"),
+              "random": ("random 1", "random 2")}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(len(modules), 4, figsize=(19, 4.6 * len(modules)), layout="constrained", squeeze=False)
+        for row, module in zip(axes, modules):
+            kind = module.rpartition(".")[2]
+            for ax, pair in zip(row, pairs):
+                grid = data["grids"][module][pair]
+                similarity_map(ax, grid, "all", labels[pair], colour_bar=pair == pairs[-1])
+                ax.set_title(f"{kind}: {pair}", loc="left")
+            for pair, colour, marker in zip(pairs, (BLUE, ORANGE, GREY), "os^"):
+                phi = np.array(data["grids"][module][pair]["phi"])
+                n = np.arange(1, min(phi.shape) + 1)
+                row[3].plot(n, np.diagonal(phi), color=colour, marker=marker, markevery=max(1, len(n) // 8), label=pair)
+            row[3].plot([1, 64], [1 / grid["k"], 64 / grid["k"]], color=BLACK, linestyle=DASHED, label="chance, n/k")
+            row[3].set_ylim(0, 1.03)
+            row[3].set_xlabel("n: number of directions")
+            row[3].set_ylabel("φ(n, n)")
+            row[3].legend()
+        figure.suptitle(f"Which input directions do adapters share? d_model {data['text']['model']['d_model']}, last layer; "
+                        "hatched: no more than chance (95 %)", fontsize=16)
+    return figure
+
+
+def amplification(data: dict[str, Any]) -> Figure:
+    """Table 7 as bars: what W has in the directions of ΔW, in its own top ones and in random ones; and the factor."""
+    rows = data["rows"]
+    names = [f"{row['module'].removesuffix('_proj')}, r = {row['rank']}" for row in rows]
+    bars = [("projection_top", GREEN, "", "W's own top directions"), ("projection", BLUE, "//", "ΔW's directions"),
+            ("projection_random", GREY, "..", "random directions")]
+    with plt.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.4), layout="constrained", width_ratios=(3, 2))
+        for i, (key, colour, hatch, label) in enumerate(bars):
+            x = np.arange(len(rows)) + 0.27 * (i - 1)
+            left.bar(x, [np.mean(row[key]) for row in rows], 0.25, yerr=[np.std(row[key]) for row in rows], color=colour,
+                     hatch=hatch, edgecolor="white", label=label, capsize=3)
+        left.set_yscale("log")
+        left.set_xticks(range(len(rows)), names)
+        left.set_ylabel("‖UᵀWVᵀ‖, what W has there")
+        left.set_title("a   how strong W is in the directions of …", loc="left")
+        low, high = left.get_ylim()
+        left.set_ylim(low, high * (high / low) ** 0.3)
+        left.legend(ncols=3, loc="upper right", fontsize=10)
+        for x, row in enumerate(rows):
+            spread = np.linspace(-0.15, 0.15, len(row["amplification"]))
+            right.bar(x, np.mean(row["amplification"]), 0.6, color=BLUE, alpha=0.85)
+            right.plot(x + spread, row["amplification"], ".", color=BLACK, label="each layer and seed" if x == 0 else None)
+        right.axhline(1.0, color=GREY, linewidth=1)
+        right.set_xticks(range(len(rows)), names)
+        right.set_ylabel("amplification ‖ΔW‖ / ‖UᵀWVᵀ‖")
+        right.set_title("b   how much ΔW amplifies its directions", loc="left")
+        right.legend()
+        for ax in (left, right):
+            ax.grid(False, axis="x")
     return figure

@@ -6,14 +6,14 @@ side by side with the others. What each run forgets is its loss on the prose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from ..data import Corpus, load_corpus
+from ..data import Corpus, load_corpus, sample_batch
 from ..lora import LoraConfig, count_parameters, delete_adapter, merge_and_unload
 from ..nn import Transformer, TransformerConfig
 from ..rank.report import analyze
@@ -88,6 +88,12 @@ def training_text(limit: int | None) -> Corpus:
     return corpus if limit is None else replace(corpus, train=corpus.train[:limit])
 
 
+def task_on(setting: Setting, limit: int | None = None) -> Callable[[int, np.random.Generator], Any]:
+    """The batches of a sweep."""
+    corpus = training_text(limit)
+    return lambda step, rng: sample_batch(corpus.train, setting.batch, setting.pretraining.tokens, rng)
+
+
 def lora_cell(setting: dict[str, Any], configs: list[dict[str, Any]], seeds: list[int], lrs: list[float],
               limit: int | None = None, learned: bool = False) -> list[dict[str, Any]]:
     """Adapters of every config (arguments of LoraConfig), seed and rate, all on one set of modules.
@@ -97,14 +103,11 @@ def lora_cell(setting: dict[str, Any], configs: list[dict[str, Any]], seeds: lis
     and energy rank of ΔW, and the losses with the adapter and merged.
     """
     given = Setting.of(setting)
-    base, corpus, T = base_of(given), training_text(limit), given.pretraining.tokens
+    base = base_of(given)
     valid, source = windows_of(given, TARGET), windows_of(given, SOURCE)
 
-    def task(step: int, rng: np.random.Generator) -> Any:
-        return text_batches(corpus, given.batch, T, int(rng.integers(2**31)))(step)
-
-    result = sweep(base, task, [LoraConfig(**config) for config in configs], seeds=seeds, lrs=lrs, train=given.schedule(0.0),
-                   evaluate=valid, memory=SWEEP_MEMORY)
+    result = sweep(base, task_on(given, limit), [LoraConfig(**config) for config in configs], seeds=seeds, lrs=lrs,
+                   train=given.schedule(0.0), evaluate=valid, memory=SWEEP_MEMORY)
     rows = []
     for k, cell in enumerate(result.rows):
         row = {key: cell[key] for key in ("rank", "alpha", "use_rslora", "seed", "lr")} | {"trainable": cell["parameters"]}
