@@ -169,10 +169,10 @@ def amplification(data: dict[str, Any]) -> Figure:
         low, high = left.get_ylim()
         left.set_ylim(low, high * (high / low) ** 0.3)
         left.legend(ncols=3, loc="upper right", fontsize=10)
-        for x, row in enumerate(rows):
+        for place, row in enumerate(rows):
             spread = np.linspace(-0.15, 0.15, len(row["amplification"]))
-            right.bar(x, np.mean(row["amplification"]), 0.6, color=BLUE, alpha=0.85)
-            right.plot(x + spread, row["amplification"], ".", color=BLACK, label="each layer and seed" if x == 0 else None)
+            right.bar(place, np.mean(row["amplification"]), 0.6, color=BLUE, alpha=0.85)
+            right.plot(place + spread, row["amplification"], ".", color=BLACK, label=None if place else "each layer and seed")
         right.axhline(1.0, color=GREY, linewidth=1)
         right.set_xticks(range(len(rows)), names)
         right.set_ylabel("amplification ‖ΔW‖ / ‖UᵀWVᵀ‖")

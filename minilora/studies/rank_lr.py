@@ -62,8 +62,8 @@ def run(options: Options) -> dict[str, Any]:
     found = compute(lora_cell, cells, options, "ranks")
     full = compute(full_cell, [{"setting": setting, "seed": seed, "lr": lr} for lr in size.full_rates for seed in seeds],
                    options, "full fine-tuning")
-    curves = [{"policy": policy, "rank": r} | curve(rows) for (policy, r), rows in zip(places, found, strict=True)]
-    curves.sort(key=lambda c: (list(POLICIES).index(c["policy"]), c["rank"]))
+    by_place = dict(zip(places, found, strict=True))
+    curves = [{"policy": policy, "rank": r} | curve(by_place[policy, r]) for policy in POLICIES for r in size.ranks]
     report = {"study": "rank-lr", "size": options.size, "seed": options.seed, "text": facts | {"seeds": len(seeds)},
               "targets": "all linear", "alpha": {policy: alpha for policy, (alpha, _) in POLICIES.items()},
               "expected": EXPECTED, "curves": curves, "full": curve(full), "verdict": verdict(curves, curve(full)),

@@ -68,15 +68,16 @@ def update_cell(setting: dict[str, Any], seeds: list[int], lr: float, grids: boo
         found[row["rank"], row["seed"]] = updates(base, "cell")
         delete_adapter(base, "cell")
     first, second = seeds
-    layers, rng = dict(base.named_modules()), np.random.default_rng(first)
+    rng = np.random.default_rng(first)
+    layers: dict[str, Any] = dict(base.named_modules())
     modules: dict[str, Any] = {}
     drawn: dict[str, Any] = {}
     for path in found[8, first]:
         # Of two seeds: the A of one seed starts with the same rows at every rank.
         pairs = {"r = 8 in r = 64": (found[8, first][path], found[64, second][path]),
                  "two seeds, r = 64": (found[64, first][path], found[64, second][path]),
-                 "random": tuple(noise(found[64, first][path].shape, rng) for _ in range(2))}
-        compared = {name: compare(*pair, draws=200 if grids else 0) for name, pair in pairs.items()}
+                 "random": (noise(found[64, first][path].shape, rng), noise(found[64, first][path].shape, rng))}
+        compared = {name: compare(one, other, draws=200 if grids else 0) for name, (one, other) in pairs.items()}
         modules[path] = {"overlap": {name: overlaps(data) for name, data in compared.items()}, "amplification": {}}
         W = dense(layers[path]).data
         _, S, _ = gram_svd(W)
