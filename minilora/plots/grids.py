@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from .analysis import similarity_map
 from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE, rank_axis
@@ -180,4 +181,52 @@ def amplification(data: dict[str, Any]) -> Figure:
         right.legend()
         for ax in (left, right):
             ax.grid(False, axis="x")
+    return figure
+
+
+def spectrum(data: dict[str, Any]) -> Figure:
+    """Spectra of ΔW, intruders against rank, and what is learned against what is forgotten; full fine-tuning in black."""
+    rows = data["rows"]
+    ranks = sorted({row["rank"] for row in rows} - {0})
+    colours = dict(zip(ranks, shades(len(ranks)))) | {0: BLACK}
+    marks = dict(zip(ranks, MARKERS)) | {0: "x"}
+    name = {r: f"LoRA, r = {r}" for r in ranks} | {0: "full fine-tuning"}
+    best = {r: min((row for row in rows if row["rank"] == r), key=lambda row: row["loss_mean"]) for r in (*ranks, 0)}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(18, 5.6), layout="constrained")
+        for r, row in best.items():
+            values = np.maximum(row["spectrum"], 1e-4)
+            axes[0].plot(np.arange(1, len(values) + 1), values, color=colours[r], marker=marks[r],
+                         markevery=max(1, len(values) // 10), linestyle="-" if r else DASHED, label=name[r])
+        axes[0].set_xscale("log", base=2)
+        axes[0].set_yscale("log")
+        axes[0].xaxis.set_major_formatter(ScalarFormatter())
+        axes[0].set_xlabel("i: number of the singular value")
+        axes[0].set_ylabel("σᵢ / σ₁ of ΔW")
+        axes[0].set_title(f"a   spectrum ({data['drawn']}, last layer)", loc="left")
+        axes[0].legend(loc="lower left")
+        for i, (epsilon, colour) in enumerate(zip(data["thresholds"], shades(len(data["thresholds"])))):
+            counts = [best[r]["intruders"][i] for r in ranks]
+            axes[1].plot(ranks, counts, color=colour, marker=MARKERS[i], label=f"ε = {epsilon:g}")
+            axes[1].axhline(best[0]["intruders"][i], color=colour, linestyle=DASHED, linewidth=1.6)
+        axes[1].plot([], [], color=GREY, linestyle=DASHED, label="full fine-tuning")
+        rank_axis(axes[1], ranks)
+        axes[1].set_ylabel(f"intruders among {best[0]['directions']} directions")
+        axes[1].set_title("b   intruder dimensions, best rates", loc="left")
+        axes[1].legend()
+        for r in (*ranks, 0):
+            mine = [row for row in rows if row["rank"] == r]
+            axes[2].errorbar([row["loss_mean"] for row in mine], [row["source_loss_mean"] for row in mine],
+                             xerr=[row["loss_sd"] for row in mine], yerr=[row["source_loss_sd"] for row in mine],
+                             color=colours[r], marker=marks[r], linestyle="-" if r else DASHED, label=name[r])
+            axes[2].annotate(f"{mine[-1]['lr']:g}", (mine[-1]["loss_mean"], mine[-1]["source_loss_mean"]), fontsize=9,
+                             xytext=(5, 4), textcoords="offset points", color=GREY)
+        base = data["text"]["base"]
+        axes[2].plot(base["loss"], base["source_loss"], marker="*", markersize=15, color=GREEN, linestyle="none",
+                     label="frozen base")
+        axes[2].set_xlabel("loss on the target (learned: to the left)")
+        axes[2].set_ylabel("loss on the source (forgotten: up)")
+        axes[2].set_title("c   learned against forgotten; lines join rates", loc="left")
+        axes[2].legend(fontsize=9.5)
+        figure.suptitle(f"Full fine-tuning's ΔW beside LoRA's: {data['text']['from']} to {data['text']['to']}", fontsize=16)
     return figure

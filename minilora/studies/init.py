@@ -88,7 +88,7 @@ def start_cell(setting: dict[str, Any], a: float, b: float, ratio: float, lr: fl
                 A.data *= a
                 bound = RANK**-0.5
                 B.data[...] = b * rng.uniform(-bound, bound, B.shape)
-            optimizer = AdamW([{"params": As, "lr": lr}, {"params": Bs, "lr": ratio * lr}], lr=lr)
+            optimizer = AdamW([{"params": As, "lr": lr}, {"params": Bs, "lr": ratio * lr}], lr=lr, weight_decay=0.0)
             with np.errstate(all="ignore"):
                 history = train(base, batches, given.schedule(lr), optimizer=optimizer)
             row["losses"].append(history.loss)
