@@ -79,8 +79,10 @@ def test_advice_on_every_device(device, targets):
     found = advice.to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["summary"]["loss_before"] == loss(model)
+    assert all(row["loss_change"] == row["loss"] - loss(model) for row in advice.modules.values())
     text = str(advice).splitlines()
-    assert text[0].split() == ["module", "shape", "rank", "advised", "error", "loss"] and " as advised, error " in text[-1]
+    assert text[0].split() == ["module", "shape", "rank", "advised", "error", "loss", "change"]
+    assert " as advised, error " in text[-1] and ", loss " in text[-1]
 
 
 def test_a_loss_that_fails_leaves_the_adapter_as_it_was():
@@ -89,11 +91,13 @@ def test_a_loss_that_fails_leaves_the_adapter_as_it_was():
 
     def fails(model):
         calls.append(any(not np.array_equal(p.data, before[path]) for path, p in model.named_parameters()))
-        raise RuntimeError("no data")
+        if calls[-1]:
+            raise RuntimeError("no data")
+        return 0.0
 
     with pytest.raises(RuntimeError, match="no data"):
         advise(model, 0.5, fails)
-    assert calls == [True]                                                 # it was cut when the loss was asked for
+    assert calls == [False, True]                                          # whole, then cut when the loss was asked for
     for path, p in model.named_parameters():
         assert_array_equal(p.data, before[path])
 

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 
@@ -88,8 +88,9 @@ def similarity(data: dict[str, Any], labels: Sequence[str] = ("first", "second")
         for ax, text in zip(axes, ("a   φ(i, j) for j ≥ i", "b   φ(i, j) for j ≤ i, its lower left corner" if
                                    len(set(data["sizes"])) > 1 else "b   φ(i, j) for j ≤ i", "c   against random directions")):
             ax.set_title(text, loc="left")
-        figure.legend(handles=[Patch(facecolor="#00336b", edgecolor="white", hatch="///", label="no more than chance (95 %)")],
-                      loc="outside lower left")
+        if any(ax.collections for ax in axes[:2]):
+            patch = Patch(facecolor="#00336b", edgecolor="white", hatch="///", label="no more than chance (95 %)")
+            figure.legend(handles=[patch], loc="outside lower left")
         name = NOUNS[data["side"]]
         figure.suptitle(title or f"Do the updates share {name}? (in {data['k']} dimensions)", fontsize=16, fontweight="bold")
     return figure
@@ -112,7 +113,7 @@ def principal_angles(ax: Axes, data: Mapping[str, dict[str, Any]]) -> Axes:
     ax.set_ylim(-2, 93)
     ax.set_yticks(range(0, 91, 15))
     ax.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
-    ax.set_xlabel("i")
+    ax.set_xlabel("i: number of the angle")
     ax.set_ylabel("principal angle θᵢ, degrees")
     ax.legend(loc="lower right")
     return ax
@@ -150,7 +151,7 @@ def spectra(ax: Axes, data: dict[str, Any]) -> Axes:
             values = np.asarray(rows[name]["singular_values"])
             if values[0] > 0:
                 ax.plot(np.arange(1, len(values) + 1), np.maximum(values / values[0], 1e-8), color=colour, linestyle=dash,
-                        alpha=0.55, linewidth=1.2, label=label)
+                        alpha=0.9 if len(rows) < 20 else 0.55, linewidth=1.8 if len(rows) < 20 else 1.2, label=label)
                 label = None
     ax.set_yscale("log")
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
@@ -185,6 +186,8 @@ def amplification_bars(ax: Axes, data: dict[str, Any]) -> Axes:
                 ax.plot([x - 0.42, x + 0.42], [np.median(values)] * 2, color=colour, linestyle=dash, linewidth=3,
                         label=label if first else None)
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.4)))
     low, high = ax.get_ylim()
     ax.set_ylim(low, high * (high / low) ** 0.42)                          # room for the legend
     ax.axhline(1.0, color=GREY, linewidth=1)
@@ -218,7 +221,7 @@ def intruder_curves(ax: Axes, data: Mapping[str, dict[str, Any]], epsilon: float
     ax.set_ylim(-0.02 * looked, 1.06 * looked)
     ax.set_xlabel("threshold ε on |cos| to W's singular vectors")
     ax.set_ylabel(f"intruders among {looked} directions")
-    ax.legend(loc="upper left", bbox_to_anchor=(0.0, 0.93), **ON_WHITE)   # below the line of all that were looked at
+    ax.legend(loc="best", **ON_WHITE)
     return ax
 
 

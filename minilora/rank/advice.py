@@ -27,7 +27,7 @@ class Advice(Report):
     losses: dict[str, float] = field(default_factory=dict)
 
     columns: ClassVar[dict[str, str]] = {"shape": "shape", "rank": "rank", "advised_rank": "advised", "error": "error",
-                                         "loss": "loss"}
+                                         "loss_change": "loss change"}
 
     def summary(self) -> dict[str, Any]:
         """Numbers of all modules together: error is √Σ‖what is cut‖² / √Σ‖ΔW‖²."""
@@ -52,8 +52,8 @@ def advise(model_or_directory: Transformer | str | PathLike[str], share: float =
     """For every module of an adapter the least rank that keeps `share` of its Σσ², and what that costs.
 
     error is that of Eckart and Young, ‖ΔW − ΔW_q‖_F / ‖ΔW‖_F ≤ √(1 − share), which `resize(..., energy=share)` will measure.
-    advised_rank is at least 1. loss(model), lower is better, is measured with each module cut alone ("loss"), and before and
-    after all are cut: one call for each module and two more. The factors are cut in place for it and restored bit for bit.
+    advised_rank is at least 1. loss(model), lower is better, is measured before and after all are cut, and with each module
+    cut alone (loss, loss_change): one call for each and two more. Factors are cut in place for it, and restored bit for bit.
 
     Raises ValueError for a share outside (0, 1] and for a loss without a model, and as `analyze` does.
     """
@@ -84,10 +84,10 @@ def advise(model_or_directory: Transformer | str | PathLike[str], share: float =
             for path in paths:
                 set_factors(adapters[path], *kept[path])
 
-    bar = tqdm(rows, "advise", delay=2, disable=None, leave=False)
-    for path in bar:
-        rows[path]["loss"] = measured([path])
     result.losses = {"before": measured([]), "after": measured(list(rows))}
+    for path in tqdm(rows, "advise", delay=2, disable=None, leave=False):
+        rows[path]["loss"] = value = measured([path])
+        rows[path]["loss_change"] = value - result.losses["before"]
     return result
 
 
