@@ -38,8 +38,8 @@ from .lora import (
     unmerge_adapter,
 )
 from .lora.files import load_adapter, save_adapter
-from .nn import Module, Parameter, Transformer, TransformerConfig, generate
-from .pretrained import load_pretrained, reference, save_pretrained
+from .nn import Module, Parameter, Transformer, TransformerConfig, generate, left_padded, stream
+from .pretrained import load_pretrained, reference, save_pretrained, stream_text
 from .pretrained.edit import compose, resize
 from .pretrained.extract import extract
 from .pretrained.merge import merge_checkpoint
@@ -51,9 +51,10 @@ __version__ = "0.1.0"
 __all__ = [
     "GradcheckError", "LoraConfig", "Module", "Parameter", "Tensor", "TrainConfig", "Transformer", "TransformerConfig",
     "add_adapter", "analyze", "array_module", "attention", "compose", "count_parameters", "cross_entropy", "delete_adapter",
-    "disable_adapter", "extract", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "linear", "load_adapter",
+    "disable_adapter", "extract", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "left_padded", "linear",
+    "load_adapter",
     "load_pretrained", "log_softmax", "lora_linear", "merge_adapter", "merge_and_unload", "merge_checkpoint", "no_grad", "rank",
     "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter", "set_device", "set_scale",
-    "silu", "softmax", "sweep",
-    "swiglu", "tensor", "to_device", "to_host", "train", "training", "unmerge_adapter",
+    "silu", "softmax", "stream", "stream_text", "sweep", "swiglu", "tensor", "to_device", "to_host", "train", "training",
+    "unmerge_adapter",
 ]

@@ -47,8 +47,8 @@ def stream(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask:
         raise ValueError(f"prompt of shape {ids.shape} plus {max_new_tokens} new tokens: expected (B, T) with T + new at most "
                          f"max_len = {model.cfg.max_len}")
     if mask is not None and (mask.shape != ids.shape or not mask[:, -1:].all() or (mask[:, :-1] > mask[:, 1:]).any()):
-        raise ValueError(f"attention_mask of shape {mask.shape} for a prompt of shape {ids.shape}: expected the same shape, and "
-                         "0 only to the left of each row's tokens: pad on the left")
+        raise ValueError(f"attention_mask of shape {mask.shape} for a prompt of shape {ids.shape}: expected the same shape, "
+                         "and 0 only to the left of each row's tokens: pad on the left")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected temperature >= 0, top_k >= 1, "
                          "0 < top_p <= 1")
