@@ -25,6 +25,7 @@ from .autograd import (
     tensor,
 )
 from .backend import array_module, set_device, to_device, to_host
+from .data import left_padded
 from .lora import (
     LoraConfig,
     add_adapter,
@@ -38,7 +39,7 @@ from .lora import (
     unmerge_adapter,
 )
 from .lora.files import load_adapter, save_adapter
-from .nn import Module, Parameter, Transformer, TransformerConfig, generate, left_padded, stream
+from .nn import Module, Parameter, Transformer, TransformerConfig, generate, stream
 from .pretrained import load_pretrained, reference, save_pretrained, stream_text
 from .pretrained.edit import compose, resize
 from .pretrained.extract import extract

@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(args, "device", None):
             set_device(args.device)
         return args.action(args) or 0
-    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError, DeviceError,
-            MemoryError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError,
+            NotADirectoryError, FileExistsError, DeviceError, MemoryError) as error:
         return _complain(error, 2)
     except (RuntimeError, FloatingPointError, OSError) as error:
         return _complain(error, 1)

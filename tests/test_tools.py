@@ -431,7 +431,7 @@ def test_outputs_are_looked_at_first(small, tmp_path, capsys):
     assert "not empty" in fails(capsys, "resize", small, "--rank", 1, "-o", full)
     assert "also an input" in fails(capsys, "resize", small, "--rank", 1, "-o", small, "--force")
     assert "is a file" in fails(capsys, "resize", small, "--rank", 1, "-o", full / "notes.txt")
-    assert "cannot write to" in fails(capsys, "resize", small, "--rank", 1, "-o", full / "notes.txt" / "deep")
+    assert "cannot write the result to" in fails(capsys, "resize", small, "--rank", 1, "-o", full / "notes.txt" / "deep")
     assert main(["resize", str(small), "--rank", "1", "-o", str(full), "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["summary"]["modules"] == 4
     assert sorted(path.name for path in full.iterdir()) == [CONFIG, WEIGHTS, "notes.txt"]

@@ -13,8 +13,9 @@ from composed import softmax
 
 from minilora.autograd import Op, Tensor, cross_entropy, gradcheck, no_grad, tensor
 from minilora.backend import get_device, to_device, to_host
+from minilora.data import left_padded
 from minilora.lora import LoraConfig, add_adapter
-from minilora.nn import Transformer, TransformerConfig, generate, left_padded, stream
+from minilora.nn import Transformer, TransformerConfig, generate, stream
 from minilora.nn.generate import choose
 
 V, D, L, P = 13, 12, 2, 10                                     # vocabulary, d_model, layers, max_len
@@ -586,8 +587,10 @@ def test_inputs_that_do_not_fit(device, ids, inputs, error, message):
 
 def test_types_need_a_table_and_a_cache_its_room():
     model = build("gpt2")
-    with pytest.raises(ValueError, match="n_token_types > 0, which here is 0"):
+    with pytest.raises(ValueError, match="a model with n_token_types > 0"):
         model(IDS, token_type_ids=TYPES)
+    with pytest.raises(ValueError, match='a model with position "learned"'):
+        build("llama")(IDS, position_ids=IDS)
     cache = model.new_cache()
     with no_grad():
         model(IDS, cache=cache)

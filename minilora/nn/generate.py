@@ -17,7 +17,7 @@ def generate(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mas
              top_p: float | None = None, eos_token_id: int | None = None, seed: int = 0) -> np.ndarray:
     """Continue prompts ids (B, T) by up to max_new_tokens: (B, T + new) token ids on the host, prompt included.
 
-    attention_mask (B, T): 0 at the padding on the left of prompts that are shorter (see `left_padded`); each row then gives
+    attention_mask (B, T): 0 at the padding on the left of prompts that are shorter (see `minilora.left_padded`); each row then gives
     what it gives alone. adapter_names: the adapter of each row, "__base__" for none; without them the active adapters are at
     work.
 
@@ -74,15 +74,6 @@ def stream(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask:
             mask = None if mask is None else np.pad(mask, ((0, 0), (0, 1)), constant_values=True)
     finally:
         model.train(training)
-
-
-def left_padded(prompts: Sequence[Sequence[int]], pad_token_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of different lengths as (ids, attention_mask), both (B, T), with the padding on the left for `generate`."""
-    T = max(map(len, prompts))
-    mask = np.arange(T) >= T - np.array([[len(prompt)] for prompt in prompts])
-    ids = np.full(mask.shape, pad_token_id)
-    ids[mask] = np.concatenate(prompts)
-    return ids, mask.astype(np.int64)
 
 
 def choose(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None,

@@ -104,12 +104,10 @@ class Transformer(Module):
         T = shape[1]
         if start + T > self.cfg.max_len:
             raise ValueError(f"sequence of {start + T} tokens, expected at most max_len = {self.cfg.max_len}: cut or split it")
-        if token_type_ids is not None and (self.type_embed is None or np.shape(to_host(token_type_ids)) != shape):
-            raise ValueError(f"token_type_ids of shape {np.shape(to_host(token_type_ids))}, expected {shape} and a model with "
-                             f"n_token_types > 0, which here is {self.cfg.n_token_types}")
-        if position_ids is not None and (self.pos_embed is None or np.shape(to_host(position_ids)) != shape):
-            raise ValueError(f"position_ids of shape {np.shape(to_host(position_ids))}, expected {shape} and a model with "
-                             f"learned positions, which here are {self.cfg.position!r}")
+        for what, given, table, fields in (("token_type_ids", token_type_ids, self.type_embed, "n_token_types > 0"),
+                                           ("position_ids", position_ids, self.pos_embed, 'position "learned"')):
+            if given is not None and (table is None or np.shape(to_host(given)) != shape):
+                raise ValueError(f"{what} of shape {np.shape(to_host(given))}, expected {shape} and a model with {fields}")
         run = Run(self._key_mask(attention_mask, (shape[0], start + T)), start, cache)
         x = self.embed(to_host(ids))                               # checked there, on the host, once
         if self.pos_embed is not None:

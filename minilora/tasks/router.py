@@ -17,9 +17,10 @@ import numpy as np
 
 from ..autograd import no_grad
 from ..backend import to_host
+from ..data import left_padded
 from ..lora import adapter_names, disable_adapter
 from ..lora.files import load_adapter
-from ..nn import Transformer, generate, left_padded
+from ..nn import Transformer, generate
 from ..pretrained import Tokenizer
 from ..pretrained.text import pieces, prompt_ids
 
