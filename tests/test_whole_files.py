@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -81,8 +82,6 @@ def based(folder):
 @pytest.fixture
 def full_disk():
     """with full_disk(): no file may grow beyond so many bytes; the write that tries fails, as it does on a full disk."""
-    from contextlib import contextmanager
-
     @contextmanager
     def limited(n):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -105,7 +104,7 @@ def test_a_full_disk_leaves_what_was_there(name, there, tmp_path, full_disk):
         write(folder, 1)
     before = content(tmp_path)
     for limit in (0, 3000):
-        with full_disk(limit), pytest.raises(OSError, match=r"cannot write .* to .*: give a folder .* with room for it") as caught:
+        with full_disk(limit), pytest.raises(OSError, match=r"cannot write .* to .*: give a .* with room for it") as caught:
             write(folder, 2)
         assert "\n" not in str(caught.value)
         assert content(tmp_path) == before and folder.exists() == there
@@ -138,13 +137,11 @@ def test_an_interrupt_at_any_rename_leaves_no_mixture(name, tmp_path, monkeypatc
             real(*paths)
 
         monkeypatch.setattr(os, "replace", replace)
-        try:
+        with suppress(KeyboardInterrupt):
             write(folder, 2)
-        except KeyboardInterrupt:
-            pass
         monkeypatch.setattr(os, "replace", real)
         now = content(folder)
-        assert not [path for path in tmp_path.rglob(".*")]
+        assert not list(tmp_path.rglob(".*"))
         marked = {"adapter_config.json", "config.json"} & old.keys()
         kind = "new" if now == new else "old" if now == old else "mixed"
         seen.add(kind)
@@ -159,10 +156,10 @@ def test_an_interrupt_at_any_rename_leaves_no_mixture(name, tmp_path, monkeypatc
 def test_the_disk_is_full_by_its_own_error(tmp_path):
     """ENOSPC, which a limit on files does not give."""
     (tmp_path / "old.json").write_text("old")
-    with pytest.raises(OSError, match=r"cannot write a report to .*No space left on device.*with room for it"):
-        with whole_files(tmp_path, "a report") as folder:
-            (folder / "old.json").write_text("half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    message = r"cannot write a report to .*No space left on device.*with room for it"
+    with pytest.raises(OSError, match=message), whole_files(tmp_path, "a report") as folder:
+        (folder / "old.json").write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert content(tmp_path) == {"old.json": b"old"}
 
 
@@ -179,7 +176,7 @@ def test_errors_about_what_is_read_stay_what_they_are(tmp_path):
 def test_a_folder_that_cannot_be(tmp_path, capsys):
     (tmp_path / "file").write_text("kept")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(OSError, match="cannot write a report to .*: give a folder"), whole_files(folder, "a report"):
+        with pytest.raises(OSError, match=r"cannot write a report to .*: give a folder"), whole_files(folder, "a report"):
             raise AssertionError("work was done")
     assert content(tmp_path) == {"file": b"kept"}
     ml.save_adapter(adapted(1), tmp_path / "adapter")

@@ -14,5 +14,5 @@ from .corpora import (
 from .padding import left_padded
 from .planted import PlantedLinear, planted_update
 
-__all__ = ["VOCAB_SIZE", "Corpus", "Document", "PlantedLinear", "decode", "encode", "eval_batches", "left_padded", "load_corpus",
-           "planted_update", "reference_entropies", "sample_batch"]
+__all__ = ["VOCAB_SIZE", "Corpus", "Document", "PlantedLinear", "decode", "encode", "eval_batches", "left_padded",
+           "load_corpus", "planted_update", "reference_entropies", "sample_batch"]

@@ -17,9 +17,9 @@ def generate(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mas
              top_p: float | None = None, eos_token_id: int | None = None, seed: int = 0) -> np.ndarray:
     """Continue prompts ids (B, T) by up to max_new_tokens: (B, T + new) token ids on the host, prompt included.
 
-    attention_mask (B, T): 0 at the padding on the left of prompts that are shorter (see `minilora.left_padded`); each row then gives
-    what it gives alone. adapter_names: the adapter of each row, "__base__" for none; without them the active adapters are at
-    work.
+    attention_mask (B, T): 0 at the padding on the left of prompts that are shorter (data/padding.py makes both); each row then
+    gives what it gives alone. adapter_names: the adapter of each row, "__base__" for none; without them the active adapters
+    are at work.
 
     temperature 0 takes the likeliest token (greedy); above 0 it samples from softmax(logits / temperature), restricted to
     the top_k likeliest tokens, or to the smallest set whose probability reaches top_p (with both: of the top_k's own). A row

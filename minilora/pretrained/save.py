@@ -42,7 +42,7 @@ def save_pretrained(model: Transformer, tokenizer: Tokenizer | None, directory: 
         raise ValueError(f"{odd[0]} has an adapter, expected a plain model: save merge_and_unload(model), or save_adapter it")
     for key, paths in sorted(file_keys(model.cfg, parameters).items()):
         tensors.append((key, *_tensor(model, key, [parameters[path] for path in paths])))
-    with whole_files(Path(directory), "a model", marks=["config.json"], stale=[INDEX]) as folder:        # no older model in shards
+    with whole_files(Path(directory), "a model", marks=["config.json"], stale=[INDEX]) as folder:    # of an older one in shards
         write_safetensors(folder / WEIGHTS, tensors, dtype)
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         for name, text in (tokenizer.save() if tokenizer is not None else {}).items():
