@@ -25,6 +25,7 @@ from .autograd import (
     tensor,
 )
 from .backend import array_module, set_device, to_device, to_host
+from .data import left_padded
 from .lora import (
     LoraConfig,
     add_adapter,
@@ -38,8 +39,8 @@ from .lora import (
     unmerge_adapter,
 )
 from .lora.files import load_adapter, save_adapter
-from .nn import Module, Parameter, Transformer, TransformerConfig, generate
-from .pretrained import load_pretrained, reference, save_pretrained
+from .nn import Module, Parameter, Transformer, TransformerConfig, generate, stream
+from .pretrained import load_pretrained, reference, save_pretrained, stream_text
 from .pretrained.analysis import analyze
 from .pretrained.edit import compose, resize
 from .pretrained.extract import extract
@@ -51,9 +52,10 @@ __version__ = "0.1.0"
 __all__ = [
     "GradcheckError", "LoraConfig", "Module", "Parameter", "Tensor", "TrainConfig", "Transformer", "TransformerConfig",
     "add_adapter", "analyze", "array_module", "attention", "compose", "count_parameters", "cross_entropy", "delete_adapter",
-    "disable_adapter", "extract", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "linear", "load_adapter",
+    "disable_adapter", "extract", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "left_padded", "linear",
+    "load_adapter",
     "load_pretrained", "log_softmax", "lora_linear", "merge_adapter", "merge_and_unload", "merge_checkpoint", "no_grad", "rank",
     "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter", "set_device", "set_scale",
-    "silu", "softmax", "sweep",
-    "swiglu", "tensor", "to_device", "to_host", "train", "training", "unmerge_adapter",
+    "silu", "softmax", "stream", "stream_text", "sweep", "swiglu", "tensor", "to_device", "to_host", "train", "training",
+    "unmerge_adapter",
 ]

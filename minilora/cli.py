@@ -16,7 +16,8 @@ import minilora
 
 from . import bench, plots
 from .backend import DeviceError, current_device, set_device
-from .pretrained import reference
+from .lora.files import load_adapter
+from .pretrained import load_pretrained, reference, stream_text
 from .pretrained.analysis import analyze
 from .pretrained.edit import compose, resize
 from .pretrained.extract import extract
@@ -32,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(args, "device", None):
             set_device(args.device)
         return args.action(args) or 0
-    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError, DeviceError,
-            MemoryError) as error:
+    except (ValueError, KeyError, TypeError, ImportError, FileNotFoundError, PermissionError, IsADirectoryError,
+            NotADirectoryError, FileExistsError, DeviceError, MemoryError) as error:
         return _complain(error, 2)
     except (RuntimeError, FloatingPointError, OSError) as error:
         return _complain(error, 1)
@@ -73,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
     _analyze_verb(verbs)
+    _generate_verb(verbs)
     _file_verbs(verbs)
     return top
 
@@ -85,6 +87,22 @@ def _analyze_verb(verbs: Any) -> None:
     analysis.add_argument("--base", metavar="DIR", help="the base's folder: adds relative norms, amplification and intruders")
     analysis.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw ranks and spectra, with a base all of it")
     _json(analysis)
+
+
+def _generate_verb(verbs: Any) -> None:
+    verb = _verb(verbs, "generate", _generate, "let a language model write, a token at a time",
+                 'minilora generate smollm2-135m --adapter my-adapter --prompt "What is a list?"')
+    verb.add_argument("model", help="a folder, a GGUF file, a hub id, or smollm2-135m")
+    verb.add_argument("--adapter", metavar="DIR", help="the folder of an adapter for it")
+    verb.add_argument("--prompt", required=True, metavar="TEXT", help="what the model continues or answers")
+    verb.add_argument("--max-new-tokens", type=int, metavar="N", help="at most (default 256, or what the context has room for)")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default), above 0 samples")
+    verb.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    verb.add_argument("--top-p", type=float, metavar="P", help="sample from the least set of this probability, such as 0.9")
+    verb.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    verb.add_argument("--chat", action=argparse.BooleanOptionalAction, default=None,
+                      help="the prompt is a message, or not (default: if the model has a chat template)")
+    verb.add_argument("--device", default=None, help="cpu or gpu (default: $MINILORA_DEVICE, or cpu)")
 
 
 def _file_verbs(verbs: Any) -> None:
@@ -178,6 +196,16 @@ def _analyze(args: argparse.Namespace) -> None:
     if args.figure is not None:
         plots.save(plots.adapter_map(report.to_dict()), args.figure.with_suffix(""))
     _print(report, args)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    model, tokenizer = load_pretrained(args.model)
+    if args.adapter is not None:
+        load_adapter(model, args.adapter)
+    for piece in stream_text(model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, chat=args.chat,
+                             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed):
+        print(piece, end="", flush=True)
+    print()
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -493,7 +493,7 @@ def test_an_interrupted_save_leaves_the_old_adapter_or_none(fails, there, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         save_adapter(new, tmp_path)
     monkeypatch.undo()
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
     with pytest.raises(FileNotFoundError, match=CONFIG):
         load_adapter(fresh(), tmp_path)
     save_adapter(new, tmp_path)                            # and nothing is in the way of the next try

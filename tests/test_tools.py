@@ -20,6 +20,7 @@ from minilora.lora.peft_format import CONFIG, WEIGHTS
 from minilora.pretrained import merge as merging
 from minilora.pretrained import tensors as tensor_files
 from minilora.pretrained.adapters import AdapterFolder, distance, norm
+from minilora.pretrained.edit import triangle
 from minilora.pretrained.extract import approximate, randomised_svd
 from minilora.pretrained.tensors import INDEX, SINGLE, Checkpoint, TensorFile, TensorWriter, encode
 
@@ -107,7 +108,27 @@ def test_norms_from_factors(rng):
     assert_allclose(norm(B, A), np.linalg.norm(B @ A), rtol=1e-13)
     for size in (1.0, 1e-3, 1e-9):
         C = B + size * rng.standard_normal(B.shape)
-        assert_allclose(distance(B, A, C, A), np.linalg.norm((B - C) @ A), rtol=1e-5)
+        assert_allclose(distance(B, A, C, A, norm(B, A)), np.linalg.norm((B - C) @ A), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-160, 1e200])
+@pytest.mark.parametrize("condition", [1.0, 30.0, 990.0, 1010.0, 1e6, 1e12, np.inf])
+@pytest.mark.parametrize("shape", [(60, 12), (47, 12), (9, 12), (40, 1)], ids=str)
+def test_the_triangle_of_a_qr(shape, condition, scale, rng, monkeypatch):
+    """As exact as Householder's, whose steps it does without where the columns are far from dependent."""
+    n, r = min(shape), shape[1]
+    S = np.geomspace(1.0, 1.0 / condition, n) if np.isfinite(condition) else np.where(np.arange(n) < max(1, n - 1), 1.0, 0.0)
+    U, V = (np.linalg.qr(rng.standard_normal((size, n)))[0] for size in shape)
+    X = (U * S) @ V.T * scale
+    used = []
+    real = np.linalg.qr
+    monkeypatch.setattr(np.linalg, "qr", lambda *a, **k: used.append(1) or real(*a, **k))
+    R = triangle(X)
+    assert R.shape == (n, r) and bool(used) == (shape[0] < 4 * r or (condition > 1000 and r > 1) or scale != 1.0)
+    assert_allclose(np.linalg.svd(R / scale, compute_uv=False), np.linalg.svd(X / scale, compute_uv=False), rtol=0, atol=1e-14)
+    assert_allclose((R / scale).T @ (R / scale), (X / scale).T @ (X / scale), rtol=0, atol=1e-14)
+    if condition < 1000:
+        assert_allclose(np.linalg.svd(R / scale, compute_uv=False)[:n], S, rtol=1e-12)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- resize
@@ -431,7 +452,7 @@ def test_outputs_are_looked_at_first(small, tmp_path, capsys):
     assert "not empty" in fails(capsys, "resize", small, "--rank", 1, "-o", full)
     assert "also an input" in fails(capsys, "resize", small, "--rank", 1, "-o", small, "--force")
     assert "is a file" in fails(capsys, "resize", small, "--rank", 1, "-o", full / "notes.txt")
-    assert "cannot write to" in fails(capsys, "resize", small, "--rank", 1, "-o", full / "notes.txt" / "deep")
+    assert "cannot write the result to" in fails(capsys, "resize", small, "--rank", 1, "-o", full / "notes.txt" / "deep")
     assert main(["resize", str(small), "--rank", "1", "-o", str(full), "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["summary"]["modules"] == 4
     assert sorted(path.name for path in full.iterdir()) == [CONFIG, WEIGHTS, "notes.txt"]

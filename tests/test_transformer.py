@@ -13,9 +13,10 @@ from composed import softmax
 
 from minilora.autograd import Op, Tensor, cross_entropy, gradcheck, no_grad, tensor
 from minilora.backend import get_device, to_device, to_host
+from minilora.data import left_padded
 from minilora.lora import LoraConfig, add_adapter
-from minilora.nn import Transformer, TransformerConfig, generate
-from minilora.nn.generate import choose, stream
+from minilora.nn import Transformer, TransformerConfig, generate, stream
+from minilora.nn.generate import choose
 
 V, D, L, P = 13, 12, 2, 10                                     # vocabulary, d_model, layers, max_len
 SIZES = {"vocab_size": V, "d_model": D, "n_layers": L, "n_heads": 3, "max_len": P}
@@ -148,13 +149,16 @@ def test_tokens_at_padding_get_no_gradient(device, form):
     assert not g[12].any() and g[ids[0, 0]].any()
 
 
-def test_rope_sees_distances_only(device):
-    """Padding on the left shifts every position; with rotary positions no logit of a real token moves."""
-    model = build("llama")
+@pytest.mark.parametrize("form", GENERATIVE)
+def test_padding_on_the_left_moves_no_logit_of_a_real_token(device, form):
+    """Rotary positions see distances only; learned ones are told where a row begins."""
+    model = build(form)
     plain = logits_of(model, IDS)
     ids = np.concatenate([np.full((2, 3), 7), IDS], axis=1)
     mask = np.concatenate([np.zeros((2, 3), int), np.ones_like(IDS)], axis=1)
-    np.testing.assert_allclose(logits_of(model, ids, attention_mask=mask)[:, 3:], plain, rtol=0, atol=1e-12)
+    places = {} if model.pos_embed is None else {"position_ids": np.maximum(np.cumsum(mask, axis=1) - 1, 0)}
+    padded = logits_of(model, ids, attention_mask=mask, **places)
+    np.testing.assert_allclose(padded[:, 3:], plain, rtol=0, atol=1e-12)
 
 
 def test_a_row_of_padding_alone_stays_finite(device):
@@ -220,6 +224,22 @@ def test_greedy_generation_is_the_recomputed_one(device, form):
     np.testing.assert_array_equal(generate(model, IDS[1:, :3], 7), got[1:])      # rows do not depend on each other
     np.testing.assert_array_equal(generate(model, IDS, 0), IDS)
     np.testing.assert_array_equal(np.stack(list(stream(model, IDS[:, :3], 7)), axis=1), got[:, 3:])
+
+
+@pytest.mark.parametrize("form", GENERATIVE)
+def test_prompts_of_different_lengths_give_each_row_what_it_gives_alone(device, form):
+    model, prompts = build(form, seed=GENERATIVE[form]), [[3, 1, 4, 1], [5], [9, 2], [6, 5, 3, 5]]
+    ids, mask = left_padded(prompts, pad_token_id=7)
+    got = generate(model, ids, 6, attention_mask=mask)
+    assert len(np.unique(got[:, 4:])) > 2
+    for row, prompt in zip(got, prompts, strict=True):
+        np.testing.assert_array_equal(row[4 - len(prompt) :], generate(model, [prompt], 6)[0])
+
+
+def test_left_padding_is_the_prompts_with_nothing_lost():
+    ids, mask = left_padded([[3, 1, 4], [5]], pad_token_id=7)
+    np.testing.assert_array_equal(ids, [[3, 1, 4], [7, 7, 5]])
+    np.testing.assert_array_equal(mask, [[1, 1, 1], [0, 0, 1]])
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-4}, {"top_k": 1, "top_p": 0.5}])
@@ -301,6 +321,11 @@ def test_generation_leaves_the_model_as_it_was(device):
     ((IDS, 1), {"temperature": 1.0, "top_k": 0}, "top_k >= 1"),
     ((IDS, 1), {"temperature": 1.0, "top_p": 0.0}, "0 < top_p <= 1"),
     ((IDS, 1), {"temperature": 1.0, "top_p": 1.1}, "0 < top_p <= 1"),
+    ((IDS, 1), {"attention_mask": MASK}, "pad on the left"),
+    ((IDS, 1), {"attention_mask": np.array([[1, 0, 1, 1, 1, 1]] * 2)}, "pad on the left"),
+    ((IDS, 1), {"attention_mask": np.zeros_like(IDS)}, "pad on the left"),
+    ((IDS, 1), {"attention_mask": MASK[:1]}, r"shape \(1, 6\) for a prompt of shape \(2, 6\)"),
+    ((IDS, 1), {"adapter_names": ["a", "__base__"]}, "no adapter named 'a'"),
 ])
 def test_what_generation_refuses(arguments, options, message):
     with pytest.raises(ValueError, match=message):
@@ -550,6 +575,8 @@ def test_a_step_never_waits_for_the_device(form):
     (IDS, {"attention_mask": MASK[0]}, ValueError, "attention_mask of shape"),
     (IDS, {"token_type_ids": TYPES[:, :5]}, ValueError, r"token_type_ids of shape \(2, 5\), expected \(2, 6\)"),
     (IDS, {"token_type_ids": TYPES + 1}, IndexError, "id 2 is out of range"),
+    (IDS, {"position_ids": IDS[:1]}, ValueError, r"position_ids of shape \(1, 6\), expected \(2, 6\)"),
+    (IDS, {"position_ids": IDS + 8}, IndexError, "id 20 is out of range"),
     (IDS, {"adapter_names": ["a"]}, ValueError, "1 adapter names for a batch of 2"),
     (IDS, {"adapter_names": ["a", "__base__"]}, ValueError, "no adapter named 'a'"),
 ])
@@ -560,8 +587,10 @@ def test_inputs_that_do_not_fit(device, ids, inputs, error, message):
 
 def test_types_need_a_table_and_a_cache_its_room():
     model = build("gpt2")
-    with pytest.raises(ValueError, match="n_token_types > 0, which here is 0"):
+    with pytest.raises(ValueError, match="a model with n_token_types > 0"):
         model(IDS, token_type_ids=TYPES)
+    with pytest.raises(ValueError, match='a model with position "learned"'):
+        build("llama")(IDS, position_ids=IDS)
     cache = model.new_cache()
     with no_grad():
         model(IDS, cache=cache)

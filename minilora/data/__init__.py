@@ -11,7 +11,8 @@ from .corpora import (
     reference_entropies,
     sample_batch,
 )
+from .padding import left_padded
 from .planted import PlantedLinear, planted_update
 
-__all__ = ["VOCAB_SIZE", "Corpus", "Document", "PlantedLinear", "decode", "encode", "eval_batches", "load_corpus",
-           "planted_update", "reference_entropies", "sample_batch"]
+__all__ = ["VOCAB_SIZE", "Corpus", "Document", "PlantedLinear", "decode", "encode", "eval_batches", "left_padded",
+           "load_corpus", "planted_update", "reference_entropies", "sample_batch"]

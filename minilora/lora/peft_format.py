@@ -14,7 +14,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ..backend.files import whole_files
 from .config import LoraConfig
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -120,32 +120,20 @@ def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], mod
     """Write a folder that PEFT and read_adapter read: `modules` as read_adapter returns them, and a config for the rest.
 
     Ranks, alphas, modules_to_save and targets are those of the modules. target_modules: a shorter way to say these targets
-    than by their whole paths. Each file gets a temporary name first and the config comes last, so an interrupted write leaves
-    the old adapter or none. Raises ValueError without a low-rank module, OSError if the folder cannot be written.
+    than by their whole paths. An interrupted write leaves the old adapter or none. Raises ValueError without a low-rank
+    module, OSError if the folder cannot be written.
     """
-    folder, tensors = Path(directory), dict[str, np.ndarray]()
+    tensors = dict[str, np.ndarray]()
     for path, entry in modules.items():
         tensors |= {f"{PREFIX}{path}.{leaf}": np.ascontiguousarray(array) for leaf, array in leaves_of(entry).items()}
     text = config_text(config, {path: (e["A"].shape[0], e["scale"]) for path, e in modules.items() if "A" in e},
                        {re.sub(r"^classifier\..*", "classifier", path)              # RoBERTa's has two layers
                         for path, e in modules.items() if "A" not in e}, target_modules)
-    contents = {WEIGHTS: safetensors.numpy.save(tensors, metadata={"format": "pt"}), CONFIG: text}
-    temporary = {file: folder / f".{file}.{os.getpid()}.tmp" for file in contents}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in contents.items():
-            temporary[file].write_bytes(content)
-        if (folder / CONFIG).exists() and (folder / CONFIG).read_bytes() != text:
-            (folder / CONFIG).unlink()                     # the old config does not belong to the new weights
-        for file in contents:
-            os.replace(temporary[file], folder / file)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot write an adapter to {folder} ({reason}): give a folder that you can write to") from None
-    finally:
-        for leftover in temporary.values():
-            with suppress(OSError):                        # it has its final name already
-                leftover.unlink()
+    old = Path(directory, CONFIG)
+    same = old.is_file() and old.read_bytes() == text      # then at every moment there is a whole adapter
+    with whole_files(Path(directory), "an adapter", marks=[] if same else [CONFIG]) as folder:
+        (folder / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+        (folder / CONFIG).write_bytes(text)
 
 
 def leaves_of(entry: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -62,18 +62,22 @@ class Transformer(Module):
         self.adapter_configs: dict[str, Any] = {}                  # by adapter name, kept by lora/
 
     def __call__(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None,
-                 adapter_names: Sequence[str] | None = None, cache: list[KVCache] | None = None) -> Tensor:
+                 position_ids: Any = None, adapter_names: Sequence[str] | None = None,
+                 cache: list[KVCache] | None = None) -> Tensor:
         """Logits for token ids (B, T): (B, T, V), or by the config's head (B, n_labels) or (B, T, n_labels).
 
         attention_mask (B, T): 0 marks padding, which nobody attends to. token_type_ids (B, T): BERT's segments, 0 if left
-        out. adapter_names: for each row of the batch the adapter it uses, "__base__" for none. cache: from `new_cache`, for
-        generation: the ids continue the sequence that the cache holds.
+        out. position_ids (B, T): rows of the table of learned positions, where they are not 0, 1, 2 … (behind padding on the
+        left, say; rotary positions need none, since they see distances only). adapter_names: for each row of the batch the
+        adapter it uses, "__base__" for none. cache: from `new_cache`, for generation: the ids continue the sequence that the
+        cache holds, and attention_mask is for all of it.
 
-        Raises IndexError for an id outside the vocabulary, ValueError for a sequence longer than max_len or masks, types and
-        names that do not fit the batch.
+        Raises IndexError for an id outside the vocabulary, ValueError for a sequence longer than max_len or masks, types,
+        positions and names that do not fit the batch.
         """
         with self._rows_use(adapter_names, ids):
-            x = self.hidden(ids, attention_mask=attention_mask, token_type_ids=token_type_ids, cache=cache)
+            x = self.hidden(ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
+                            cache=cache)
             return self.answer(x, attention_mask)
 
     def loss(self, ids: Any, targets: Any, *, ignore_index: int = -100, label_smoothing: float = 0.0, groups: int | None = None,
@@ -90,7 +94,7 @@ class Transformer(Module):
                 return linear_cross_entropy(x, self.head.weight, targets, **counting)
             return cross_entropy(self.answer(x, attention_mask), targets, **counting)
 
-    def hidden(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None,
+    def hidden(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
                cache: list[KVCache] | None = None) -> Tensor:
         """The last hidden states (B, T, D), before the head. Arguments as in calling the model."""
         shape = np.shape(to_host(ids))
@@ -100,13 +104,15 @@ class Transformer(Module):
         T = shape[1]
         if start + T > self.cfg.max_len:
             raise ValueError(f"sequence of {start + T} tokens, expected at most max_len = {self.cfg.max_len}: cut or split it")
-        if token_type_ids is not None and (self.type_embed is None or np.shape(to_host(token_type_ids)) != shape):
-            raise ValueError(f"token_type_ids of shape {np.shape(to_host(token_type_ids))}, expected {shape} and a model with "
-                             f"n_token_types > 0, which here is {self.cfg.n_token_types}")
+        for what, given, table, fields in (("token_type_ids", token_type_ids, self.type_embed, "n_token_types > 0"),
+                                           ("position_ids", position_ids, self.pos_embed, 'position "learned"')):
+            if given is not None and (table is None or np.shape(to_host(given)) != shape):
+                raise ValueError(f"{what} of shape {np.shape(to_host(given))}, expected {shape} and a model with {fields}")
         run = Run(self._key_mask(attention_mask, (shape[0], start + T)), start, cache)
         x = self.embed(to_host(ids))                               # checked there, on the host, once
         if self.pos_embed is not None:
-            x = x + self.pos_embed(self.positions(to_host(ids), start))                               # (1 or B, T, D)
+            places = self.positions(to_host(ids), start) if position_ids is None else to_host(position_ids)
+            x = x + self.pos_embed(places)                                                            # (1 or B, T, D)
         if self.type_embed is not None:
             types = np.zeros(shape, np.int64) if token_type_ids is None else token_type_ids
             x = x + self.type_embed(to_host(types))

@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from ..backend.files import whole_files
+
 BLUE, ORANGE, GREEN, PINK, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777", "#222222"
 
 STYLE: Any = {
@@ -25,12 +27,10 @@ STYLE: Any = {
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as path.png and path.svg, through temporary names, without dates, so equal data give equal files."""
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-        part = path.with_name(f".{path.name}{suffix}.part")
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(part, format=suffix[1:], metadata=metadata, facecolor="white")
-        part.replace(path.with_suffix(suffix))
+    """Write a figure as path.png and path.svg, without dates, so equal data give equal files."""
+    with whole_files(path.parent, "a figure") as folder, matplotlib.rc_context(STYLE):
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+            figure.savefig(folder / path.with_suffix(suffix).name, metadata=metadata, facecolor="white")
     plt.close(figure)
 
 

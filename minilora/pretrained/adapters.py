@@ -1,7 +1,7 @@
 """Adapter folders a module at a time, whatever their model: opened without reading a value, written as they are computed.
 
 What is said of ΔW = s·B@A needs only its thin factors: an inner product of two updates is
-⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ⊙ (A₁A₂ᵀ), and a difference of two is the product of their factors side by side.
+⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ⊙ (A₁A₂ᵀ), and from inner products follow norms and distances.
 """
 
 from __future__ import annotations
@@ -111,22 +111,28 @@ def stored(entry: dict[str, Any], dtype: str) -> dict[str, Any]:
     return entry | rounded
 
 
+def inner(B1: np.ndarray, A1: np.ndarray, B2: np.ndarray, A2: np.ndarray) -> float:  # (d, r), (r, k), (d, q), (q, k)
+    """⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂) ⊙ (A₁A₂ᵀ), of float64 factors."""
+    return float(np.vdot(B1.T @ B2, A1 @ A2.T))
+
+
 def norm(B: np.ndarray, A: np.ndarray) -> float:  # (d, r), (r, k)
-    """‖B@A‖_F = √Σ (BᵀB) ⊙ (AAᵀ), for factors whose product has nothing that cancels."""
+    """‖B@A‖_F, for factors whose product has nothing that cancels."""
     B, A = B.astype(np.float64), A.astype(np.float64)
-    return float(max(0.0, np.vdot(B.T @ B, A @ A.T))) ** 0.5
+    return max(0.0, inner(B, A, B, A)) ** 0.5
 
 
-def distance(B1: np.ndarray, A1: np.ndarray, B2: np.ndarray, A2: np.ndarray) -> float:
-    """‖B₁A₁ - B₂A₂‖_F, from the factors side by side, [B₁, -B₂] [A₁; A₂].
+def distance(B1: np.ndarray, A1: np.ndarray, B2: np.ndarray, A2: np.ndarray, size: float) -> float:
+    """‖B₁A₁ - B₂A₂‖_F, where size = ‖B₁A₁‖_F is known, from size² - 2⟨B₁A₁, B₂A₂⟩ + ‖B₂A₂‖².
 
-    By `norm` as long as that is exact enough: its square is off by about 1e-16 of ‖B₁A₁‖². Where less than 1e-5 of ‖B₁A₁‖ is
-    left, by the slower SVD of the factors.
+    That sum is off by about 1e-16 of size². Where less than 1e-5 of size is left, the slower SVD of the factors side by side,
+    [B₁, -B₂] [A₁; A₂], takes its place.
     """
-    B = np.concatenate([B1, -B2], axis=1, dtype=np.float64)
-    A = np.concatenate([A1, A2], dtype=np.float64)
-    found = norm(B, A)
-    return found if found > 1e-5 * norm(B1, A1) else float(np.linalg.norm(singular_values(B, A)))
+    B1, A1, B2, A2 = (np.asarray(factor, np.float64) for factor in (B1, A1, B2, A2))
+    found = max(0.0, size**2 - 2 * inner(B1, A1, B2, A2) + inner(B2, A2, B2, A2)) ** 0.5
+    if found > 1e-5 * size:
+        return found
+    return float(np.linalg.norm(singular_values(np.concatenate([B1, -B2], axis=1), np.concatenate([A1, A2]))))
 
 
 def relative(error: float, size: float) -> float | None:

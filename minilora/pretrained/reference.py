@@ -69,8 +69,8 @@ def write(out: str | os.PathLike[str], *, force: bool = False, seed: int = 0) ->
             metadata = facts | {f"formula {key}": text for key, text in said.items()} | {
                 "inputs": " ".join(inputs), "answers": " ".join(right)}
             tensors = inputs | {key: value.astype(dtype) for key, value in right.items()}
-            safetensors.numpy.save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()},
-                                        folder / f"{name}.safetensors", metadata=metadata)
+            content = safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata)
+            (folder / f"{name}.safetensors").write_bytes(content)
         (folder / "README.txt").write_text(README, encoding="utf-8")
         names = sorted(path.name for path in folder.iterdir())
     return [out / name for name in names]

@@ -1,6 +1,6 @@
 """save_pretrained: a model as a folder that transformers, and load_pretrained, read.
 
-Tensor by tensor, each file under a temporary name first: an interrupted write leaves what was there before.
+Tensor by tensor, into a temporary folder first: an interrupted write leaves what was there before.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..backend import to_host
+from ..backend.files import whole_files
 from ..nn import Parameter, Transformer
 from ..nn.names import file_keys, stored_transposed
 from .hf_config import to_hf
@@ -42,24 +42,11 @@ def save_pretrained(model: Transformer, tokenizer: Tokenizer | None, directory: 
         raise ValueError(f"{odd[0]} has an adapter, expected a plain model: save merge_and_unload(model), or save_adapter it")
     for key, paths in sorted(file_keys(model.cfg, parameters).items()):
         tensors.append((key, *_tensor(model, key, [parameters[path] for path in paths])))
-    folder = Path(directory)
-    texts = {folder / "config.json": json.dumps(config, indent=2)} | (tokenizer.save(folder) if tokenizer is not None else {})
-    temporary = {target: folder / f".{target.name}.{os.getpid()}.tmp" for target in (folder / WEIGHTS, *texts)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(temporary[folder / WEIGHTS], tensors, dtype)
-        for target, text in texts.items():
-            temporary[target].write_text(text, encoding="utf-8")
-        for target, written in temporary.items():
-            os.replace(written, target)
-        (folder / INDEX).unlink(missing_ok=True)           # of an older model in several files
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot write a model to {folder} ({reason}): give a folder that you can write to") from None
-    finally:
-        for leftover in temporary.values():
-            with suppress(OSError):                        # it has its final name already
-                leftover.unlink()
+    with whole_files(Path(directory), "a model", marks=["config.json"], stale=[INDEX]) as folder:    # of an older one in shards
+        write_safetensors(folder / WEIGHTS, tensors, dtype)
+        (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        for name, text in (tokenizer.save() if tokenizer is not None else {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def _tensor(model: Transformer, key: str, parts: list[Parameter]) -> tuple[tuple[int, ...], Callable[[], np.ndarray]]:

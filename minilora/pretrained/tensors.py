@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
+from ..backend.files import whole_files
 from ..lora.peft_format import DTYPES, decode
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -195,7 +195,8 @@ def new_folder(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[s
     """A temporary folder, whose files get their place in `out` when the block ends well, and are removed when it does not.
 
     force: `out` may hold files; weights and configs of an older model or adapter there are replaced, other files stay.
-    Raises ValueError, before any work, if `out` is a file, not empty (without force), one of the `inputs`, or not writable.
+    Raises, before any work, ValueError if `out` is a file, not empty (without force), or one of the `inputs`, and OSError if it
+    cannot be written.
     """
     out = Path(out)
     for source in map(Path, inputs):
@@ -207,26 +208,6 @@ def new_folder(out: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[s
     if old and not force:
         raise ValueError(f"the output {out} is not empty (it has {old[0].name}): give a new folder, or force to replace what "
                          "is there (--force)")
-    part = (out if out.is_dir() else out.parent) / f".{out.resolve().name}.{os.getpid()}.part"
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-    except OSError as error:
-        raise ValueError(f"cannot write to {out} ({error.strerror}): give a folder that you can write to") from None
-    try:
+    stale = [path.name for path in old if path.suffix == ".safetensors"]
+    with whole_files(out, "the result", marks=_MARKS, stale=stale) as part:
         yield part
-        if not out.exists():
-            os.replace(part, out)
-            return
-        for mark in _MARKS:
-            (out / mark).unlink(missing_ok=True)
-        for path in old:
-            if path.suffix == ".safetensors":
-                path.unlink()
-        for path in sorted(part.iterdir(), key=lambda p: (p.name in _MARKS, p.name)):
-            if (out / path.name).is_dir():
-                shutil.rmtree(out / path.name)
-            os.replace(path, out / path.name)
-    finally:
-        with suppress(FileNotFoundError):                  # it has its own name by now
-            shutil.rmtree(part)

@@ -99,13 +99,12 @@ class Tokenizer:
         """One more than the largest id."""
         return self.size
 
-    def save(self, folder: Path) -> dict[Path, str]:
+    def save(self) -> dict[str, str]:
         """The files that hold this tokenizer, tokenizer.json and tokenizer_config.json, and what to write into them."""
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | self.tokens
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        return {folder / "tokenizer.json": self.backend.to_str(),
-                folder / "tokenizer_config.json": json.dumps(config, indent=2)}
+        return {"tokenizer.json": self.backend.to_str(), "tokenizer_config.json": json.dumps(config, indent=2)}
 
 
 def read_tokenizer(folder: Path, model_config: dict[str, Any], vocab_size: int) -> Tokenizer | None:

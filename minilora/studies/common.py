@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
 from .. import plots, training
+from ..backend.files import whole_files
 from ..data import Corpus, eval_batches, sample_batch
 from ..nn import Transformer, TransformerConfig
 
@@ -58,10 +59,9 @@ def writable_folder(path: Path, option: str = "--out") -> Path:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON through a temporary name, so that no half file is ever seen."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    """Write JSON so that no half file is ever seen."""
+    with whole_files(path.parent, "a report") as folder:
+        (folder / path.name).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def publish(report: dict[str, Any], figure: Any, options: Options) -> dict[str, Any]:
@@ -102,12 +102,10 @@ def pretrained_base(cfg: TransformerConfig, corpus: Corpus, recipe: Pretraining,
     config = training.TrainConfig(steps=recipe.steps, lr=recipe.lr, warmup=0.1, schedule="cosine", weight_decay=0.01, clip=1.0)
     training.train(model, text_batches(corpus, recipe.batch, recipe.tokens, seed), config)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        save_file(model.state_dict(), part)
-        part.replace(path)
+        with whole_files(path.parent, "the base") as folder:
+            (folder / path.name).write_bytes(save(model.state_dict()))
     except OSError as error:                                       # a cache is a convenience: the result is there without it
-        progress(f"the base is not cached ({error.strerror})")
+        progress(f"the base is not cached ({error})")
     return model
 
 

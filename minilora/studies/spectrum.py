@@ -23,7 +23,7 @@ from .text import ALL_LINEAR, SOURCE, SWEEP_MEMORY, TARGET, Setting, base_of, me
 QUESTION = "Is full fine-tuning's ΔW low-rank? Spectra, intruder dimensions and forgetting, beside LoRA's"
 EXPECTED = ("LoRA Learns Less and Forgets Less (arXiv:2405.09673): full fine-tuning's ΔW needs 10 to 100 times LoRA's usual "
             "ranks, and it forgets more. Intruder dimensions (arXiv:2410.21228): LoRA has them up to high ranks, full "
-            "fine-tuning hardly; they grow with the rate. But forgetting less is no law: see the tasks with inputs of their own.")
+            "fine-tuning hardly; they grow with the rate. But forgetting less is no law: see tasks with inputs of their own.")
 ALPHA, FULL = 32.0, 0            # FULL: in place of a rank
 DRAWN = "up_proj"                # whose spectra the figure shows, in the last layer
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)

@@ -8,7 +8,6 @@ a run that dies while it writes leaves the checkpoint before it whole.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..backend import device_of, to_device
+from ..backend.files import whole_files
 
 FILE = "checkpoint.safetensors"
 FORMAT = "minilora checkpoint 1"
@@ -25,15 +25,12 @@ FORMAT = "minilora checkpoint 1"
 
 def save_checkpoint(directory: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Path:
     """Write host arrays and JSON-ready facts to DIRECTORY/checkpoint.safetensors, replacing what was there at once."""
-    target = Path(directory) / FILE
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{FILE}.{os.getpid()}")
-    try:
-        save_file(dict(arrays), partial, metadata={"format": FORMAT, "facts": json.dumps(facts)})
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    with whole_files(Path(directory), "a checkpoint") as folder:
+        try:
+            save_file(dict(arrays), folder / FILE, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+        except SafetensorError as error:                   # a full disk comes so
+            raise OSError(str(error)) from None
+    return Path(directory) / FILE
 
 
 def load_checkpoint(directory: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:

@@ -136,13 +136,14 @@ def test_the_forms_have_the_defaults_of_transformers():
 
 
 def test_greedy_generation(rng):
-    """Cached generation picks the tokens that transformers picks."""
+    """Cached generation picks the tokens that transformers picks, for prompts of one length and padded on the left."""
     for form in ("gpt2", "llama"):
         ours, theirs = twins(form)
         ids = rng.integers(1, ours.cfg.vocab_size, (2, 4))
-        expected = theirs.generate(torch.from_numpy(ids), attention_mask=torch.ones(ids.shape, dtype=torch.int64),
-                                   max_new_tokens=12, do_sample=False, eos_token_id=None)
-        np.testing.assert_array_equal(generate(ours, ids, 12), expected.numpy())
+        for mask in (np.ones_like(ids), np.array([[1, 1, 1, 1], [0, 0, 1, 1]])):
+            expected = theirs.generate(torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), max_new_tokens=12,
+                                       do_sample=False, eos_token_id=None)
+            np.testing.assert_array_equal(generate(ours, ids, 12, attention_mask=mask), expected.numpy())
 
 
 # ------------------------------------------------------------------------------------------------------------ op by op
