@@ -3,7 +3,7 @@
 The public names, and nothing else. Read the folders from the bottom up: backend, autograd, nn, lora, rank, training.
 """
 
-from . import rank, training
+from . import rank, tasks, training
 from .autograd import (
     GradcheckError,
     Tensor,
@@ -55,5 +55,5 @@ __all__ = [
     "load_pretrained", "log_softmax", "lora_linear", "merge_adapter", "merge_and_unload", "merge_checkpoint", "no_grad", "rank",
     "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter", "set_device", "set_scale",
     "silu", "softmax", "sweep",
-    "swiglu", "tensor", "to_device", "to_host", "train", "training", "unmerge_adapter",
+    "swiglu", "tasks", "tensor", "to_device", "to_host", "train", "training", "unmerge_adapter",
 ]

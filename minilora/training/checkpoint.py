@@ -24,13 +24,18 @@ FORMAT = "minilora checkpoint 1"
 
 
 def save_checkpoint(directory: str | Path, arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Path:
-    """Write host arrays and JSON-ready facts to DIRECTORY/checkpoint.safetensors, replacing what was there at once."""
+    """Write host arrays and JSON-ready facts to DIRECTORY/checkpoint.safetensors, replacing what was there at once.
+
+    Raises OSError if it cannot be written, such as on a full disk; then what was there is still whole.
+    """
     target = Path(directory) / FILE
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{FILE}.{os.getpid()}")
     try:
         save_file(dict(arrays), partial, metadata={"format": FORMAT, "facts": json.dumps(facts)})
         os.replace(partial, target)
+    except SafetensorError as error:
+        raise OSError(f"cannot write the checkpoint to {directory} ({error}): make room, or choose another folder") from None
     finally:
         partial.unlink(missing_ok=True)
     return target
