@@ -85,8 +85,9 @@ tags: [lora, minilora]
 
 # LoRA for {task} on {base}
 
-Trained with minilora on `{data}` (SHA-256 `{digest}`): {train:,} examples, {updates:,} updates, {trainable:,} trained numbers
-({share:.2%}). Evaluated on {held:,} examples: {evaluated}.
+Trained with minilora on `{data}` (SHA-256 `{digest}`):
+{train:,} examples, {updates:,} updates, {trainable:,} trained numbers ({share:.2%}).
+Evaluated on {held:,} examples: {evaluated}.
 
 {metrics}
 
@@ -106,7 +107,8 @@ In PEFT:
 from peft import PeftModel
 from transformers import {auto}
 
-base = {auto}.from_pretrained("{base}"{options})
+base = {auto}.from_pretrained(
+    "{base}"{options})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 
