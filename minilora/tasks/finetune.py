@@ -172,12 +172,13 @@ def _limited(examples: Sequence[Any], limit: int | None, seed: int) -> Sequence[
 
 
 def _labels(task: str, examples: Sequence[Any], given: Sequence[str] | None) -> list[str] | None:
-    """The labels of a task that has some; an entity's continuation counts as a label, also where no example has it."""
+    """The labels of a task that has some. A kind of entity has both of its tags, also where only one is in the data."""
     if task == "text":
         return None
     if task == "sentiment":
         return label_names((example.label for example in examples), given)
-    return label_names((tag for example in examples for tag in example.tags), given)
+    kinds = {tag[2:] for example in examples for tag in example.tags if tag != "O"}
+    return label_names(["O", *(f"{part}-{kind}" for kind in kinds for part in "BI")], given)
 
 
 def _held_out(examples: Sequence[Any], share: float, seed: int) -> tuple[Sequence[Any], Sequence[Any]]:

@@ -72,7 +72,7 @@ def classification(truth: Sequence[int], found: Sequence[int], labels: Sequence[
 
 def entities(truth: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Precision, recall and F1 of whole entities, of all and of each kind; the accuracy is that of words."""
-    seqeval = need("seqeval.metrics")
+    seqeval: Any = need("seqeval.metrics.sequence_labeling")
     truth, found = [list(tags) for tags in truth], [list(tags) for tags in found]
     kinds = sorted({tag[2:] for tags in (*truth, *found) for tag in tags if tag != "O"})
     total = seqeval.precision_recall_fscore_support(truth, found, average="micro", zero_division=0)
