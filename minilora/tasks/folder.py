@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,17 @@ def begin(folder: Path, facts: dict[str, Any], force: bool) -> dict[str, Any] | 
 def remember(folder: Path, facts: dict[str, Any], before: dict[str, Any]) -> None:
     """Write down which run this is. Raises OSError, in one line, if the folder cannot be written."""
     path = folder / CHECKPOINT / RUN
+    part = path.with_name(f".{RUN}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{RUN}.{os.getpid()}")
         part.write_text(json.dumps({"facts": facts, "before": before}, indent=1), encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         raise OSError(f"cannot write to {folder} ({error.strerror}): make room, or give another folder") from None
+    finally:
+        with suppress(OSError):                            # it has its own name by now
+            part.unlink()
+            path.parent.rmdir()                            # not if a run is in it
 
 
 def finish(folder: Path, report: FinetuneReport) -> None:

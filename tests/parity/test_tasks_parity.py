@@ -46,11 +46,10 @@ def test_twenty_steps_equal_peft(task, settings):
     examples = movie_reviews("rotten_tomatoes") if task == "sentiment" else read_tagged(packaged_file("tweets"))
     losses, their_losses, logits, their_logits = compared(task, some(examples, 64), **settings)
     assert losses[-1] < losses[0]
-    # Both compute in float32, with other orders of summation; twenty updates let the last digits drift apart.
-    np.testing.assert_allclose(losses, their_losses, rtol=2e-3, atol=2e-4)
-    np.testing.assert_allclose(losses[0], their_losses[0], rtol=1e-5)
+    # Both compute in float32, with other orders of summation: measured 5e-7 in the losses, 3e-6 in logits of up to 5.
+    np.testing.assert_allclose(losses, their_losses, rtol=1e-5, atol=1e-6)
     for mine, other in zip(logits, their_logits, strict=True):
-        np.testing.assert_allclose(mine, other, rtol=5e-3, atol=5e-3)
+        np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
 
 
 def test_the_folder_loads_in_peft_and_gives_the_same_logits(tmp_path):
