@@ -416,7 +416,7 @@ def test_text_from_file_to_folder_and_back(llama, tmp_path):
     path.write_text("".join(json.dumps({"prompt": f"{a}?", "completion": "yes"}) + "\n" for a in "abcdefghijkl"))
     report = finetune(llama, path, "text", eval=path, out=tmp_path / "out", lr=1e-2, epochs=100, r=8,
                       target_modules="all-linear", progress=False)
-    assert report.after["loss"] < 0.1 < report.before["loss"]
+    assert report.after["loss"] < 2.0 < 0.5 * report.before["loss"]    # a frozen random head of width 16 gives no less
     assert report.after["perplexity"] == pytest.approx(np.exp(report.after["loss"]))
     assert predict(tmp_path / "out", ["c?"], max_new_tokens=8) == ["yes"]
 
