@@ -17,10 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from ..backend.parallel import workers
+from ..lora import count_parameters
 from ..lora.files import save_adapter
 from ..pretrained.hub import find
-from ..tasks import TASKS, Run
-from ..tasks.metrics import TOKENS, batches
+from ..tasks import TASKS, Run, fit
+from ..tasks.metrics import TOKENS, batches, predictions, tags_of
 
 LIBRARIES = ("torch", "transformers", "peft")
 
@@ -92,3 +93,56 @@ def train_twin(run: Run, source: str, progress: bool = True) -> TwinResult:
                 found[i] = values[: len(run.held.rows[i].ids)] if values.ndim == 2 else values
     versions = {library.__name__: library.__version__.split("+")[0] for library in (torch, transformers, peft)}
     return TwinResult(losses, found, seconds, versions)
+
+
+def against_twin(run: Run, source: str, name: str) -> dict[str, Any]:
+    """One row of a study: a prepared run, trained here and, where the libraries are installed, by its twin from the same start.
+
+    "agreement" is the share of held-out predictions that are equal: of texts, or of words.
+    """
+    key, metric = TASKS[run.task].measure
+    before, twin = run.evaluate(), None if missing() else train_twin(run, source)
+    history = fit(run)
+    rows = run.held.rows
+    logits, loss = predictions(run.model, rows, run.encoder.padding)
+    mine, theirs = decided(run, logits), None if twin is None else decided(run, twin.logits)
+    row: dict[str, Any] = {
+        "name": name, "metric": metric, "before": before[key], "train": len(run.train.rows), "held_out": len(rows),
+        "truncated": run.train.truncated + run.held.truncated, "max_length": run.encoder.max_length, "labels": run.labels,
+        "padding": run.buckets.waste(), "settings": run.settings.to_dict(), "steps": run.config.steps,
+        "parameters": count_parameters(run.model), "tokens": history.tokens,
+        "minilora": {"metrics": run.score(logits, loss), "seconds": history.seconds, "losses": history.loss}}
+    if twin is not None:
+        differences = np.abs(np.subtract(history.loss, twin.losses))
+        row["torch"] = {"metrics": run.score(twin.logits, float("nan")), "seconds": twin.seconds, "losses": twin.losses,
+                        "versions": twin.versions}
+        row["torch"]["metrics"].pop("loss")
+        row |= {"agreement": float(np.mean([a == b for a, b in zip(mine, theirs or [])])),
+                "loss_difference": {"first_20": float(differences[:20].max()), "all": float(differences.max())}}
+    return row
+
+
+def decided(run: Run, logits: list[np.ndarray]) -> list[Any]:
+    """The predictions, one after the other: the label of each text, or the tag of each word."""
+    if run.task == "ner":
+        return [tag for tags in tags_of(run.held.rows, logits, run.labels or []) for tag in tags]
+    return [int(values.argmax()) for values in logits]
+
+
+def rows_table(rows: list[dict[str, Any]], left_out: list[str]) -> list[str]:
+    """The rows as lines of text. left_out: the libraries whose absence left the twin out."""
+    lines = [f"    {'':18}{'metric':>12}{'before':>9}{'minilora':>10}{'PEFT':>9}{'agreement':>11}"
+             f"{'time':>10}{'PEFT':>9}{'ratio':>7}"]
+    for row in rows:
+        key = next(k for k, task_metric in (task.measure for task in TASKS.values()) if task_metric == row["metric"])
+        mine, twin = row["minilora"], row.get("torch")
+        shown = f"    {row['name']:18}{row['metric']:>12}{row['before']:>9.4f}{mine['metrics'][key]:>10.4f}"
+        if twin:
+            shown += (f"{twin['metrics'][key]:>9.4f}{row['agreement']:>11.2%}{mine['seconds']:>8.0f} s{twin['seconds']:>7.0f} s"
+                      f"{mine['seconds'] / twin['seconds']:>7.2f}")
+        else:
+            shown += f"{'':>9}{'':>11}{mine['seconds']:>8.0f} s"
+        lines.append(shown)
+    if left_out:
+        lines.append(f"    PyTorch + PEFT left out: {', '.join(left_out)} not installed (pip install torch transformers peft)")
+    return lines

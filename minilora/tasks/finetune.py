@@ -61,8 +61,11 @@ class Run:
         rows, padding = self.held.rows, self.encoder.padding
         if self.task == "text":
             return metrics.text_loss(self.model, rows, padding)
-        logits, loss = metrics.predictions(self.model, rows, padding)
-        labels = self.labels or []
+        return self.score(*metrics.predictions(self.model, rows, padding))
+
+    def score(self, logits: list[np.ndarray], loss: float) -> dict[str, Any]:
+        """The metrics of given logits for the held-out rows, of a task with labels."""
+        rows, labels = self.held.rows, self.labels or []
         if self.task == "ner":
             return {"loss": loss} | metrics.entities(self.truth, metrics.tags_of(rows, logits, labels))
         return {"loss": loss} | metrics.classification(
