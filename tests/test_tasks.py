@@ -372,6 +372,18 @@ def test_the_held_out_loss_counts_every_target_once(llama):
         assert metrics.text_loss(run.model, rows, padding, tokens)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_logits_do_not_depend_on_the_batch(bert, entities):
+    run = prepare(bert, "ner", read_tagged(entities), None, TASKS["ner"].settings, eval_share=0.3, progress=False)
+    rows, padding = run.held.rows, run.encoder.padding
+    together, loss = metrics.predictions(run.model, rows, padding)
+    for row, logits in zip(rows, together, strict=True):
+        (alone,), _ = metrics.predictions(run.model, [row], padding)
+        assert logits.shape == (len(row.ids), 5)
+        np.testing.assert_allclose(logits, alone, rtol=1e-4, atol=1e-5)        # float32, other orders of summation
+    assert loss == pytest.approx(metrics.predictions(run.model, rows, padding, tokens=1)[1], rel=1e-5)
+    assert np.isnan(metrics.predictions(run.model, [Row([1, 2], [-100, -100])], padding)[1])
+
+
 # --------------------------------------------------------------------------------------------------------- fine-tuning
 
 def test_sentiment_from_file_to_folder_and_back(bert, reviews, tmp_path):
