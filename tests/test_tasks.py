@@ -433,6 +433,21 @@ def test_text_from_file_to_folder_and_back(llama, tmp_path):
     assert predict(tmp_path / "out", ["c?"], max_new_tokens=8) == ["yes"]
 
 
+def test_plain_texts_go_on_and_prompts_are_answered(llama, tmp_path):
+    """What the model is asked has the form that it was trained on: the chat template is for prompts only."""
+    base = tmp_path / "base"
+    ml.save_pretrained(ml.load_pretrained(llama)[0], byte_level(TEMPLATE), base)
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "completion": "c"}\n' * 2)
+    for name, chat in (("a.txt", False), ("a.jsonl", True)):
+        finetune(base, tmp_path / name, "text", out=tmp_path / name.replace(".", "-"), eval_share=0.5, steps=1, progress=False)
+        predictor, tokenizer = load(tmp_path / name.replace(".", "-")), byte_level()
+        ids = tokenizer.encode("<user>on<end>\n<assistant>" if chat else "on")
+        new = ml.generate(predictor.model, [ids], 4, eos_token_id=0)[0, len(ids) :].tolist()
+        new = new[: new.index(0)] if 0 in new else new
+        assert predictor.chat == chat and predictor.predict(["on"], max_new_tokens=4) == [tokenizer.decode(new)]
+
+
 def test_a_plain_text_holds_out_its_end(llama, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("".join(f"line {i}\n" for i in range(50)))

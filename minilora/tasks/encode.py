@@ -118,7 +118,7 @@ class Encoder:
                 found.rows.append(row)
                 found.truncated += cut
             else:
-                stream += [*self.before, *self.tokenizer.encode(example.text, add_special_tokens=False)]
+                stream += self.start(example.text)
                 stream += [] if eos is None else [eos]
         for start in range(0, len(stream) - 1, self.max_length):
             window = stream[start : start + self.max_length + 1]
@@ -130,9 +130,13 @@ class Encoder:
     def prompt(self, prompt: str) -> tuple[list[int], str]:
         """(ids, text) of a prompt as the model sees it before it answers: in its chat template, if it has one."""
         if self.tokenizer.chat_template is None:
-            return [*self.before, *self.tokenizer.encode(prompt, add_special_tokens=False)], prompt
+            return self.start(prompt), prompt
         text = self.tokenizer.chat([{"role": "user", "content": prompt}])
         return self.tokenizer.encode(text, add_special_tokens=False), text
+
+    def start(self, text: str) -> list[int]:
+        """The ids of a text that goes on: with what stands before a text, and not after it."""
+        return [*self.before, *self.tokenizer.encode(text, add_special_tokens=False)]
 
     def _completion(self, example: Passage, where: Any) -> tuple[Row, bool]:
         """A prompt and what to answer. The two are encoded apart, as they are when the model answers."""

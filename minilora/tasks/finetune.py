@@ -105,6 +105,7 @@ def finetune(source: str | os.PathLike[str], data: str | os.PathLike[str], task:
                   eval_where=eval, progress=progress)
     facts = {"base": os.fspath(source), "task": task, "data": _file(data), "eval": None if eval is None else _file(eval),
              "labels": run.labels, "examples": {"train": len(run.train.rows), "held_out": len(run.held.rows)},
+             "chat": task == "text" and any(example.prompt is not None for example in examples),
              "columns": [text_column, label_column] if task == "sentiment" else None, "eval_share": eval_share,
              "limit": limit, "seed": seed, "max_length": run.encoder.max_length, "settings": chosen.to_dict()}
     before = None if folder is None else begin(folder, facts, force)

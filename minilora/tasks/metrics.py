@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+from tqdm.std import tqdm
 
 from ..autograd import cross_entropy, no_grad
 from ..backend import to_host
@@ -57,7 +58,8 @@ def text_loss(model: Transformer, rows: Sequence[Row], padding: int, tokens: int
 
 def batches(rows: Sequence[Row], padding: int, tokens: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """(indices, batch) by length, each row once."""
-    for members in Buckets([len(row.ids) for row in rows], tokens=tokens).sorted():
+    order = Buckets([len(row.ids) for row in rows], tokens=tokens).sorted()
+    for members in tqdm(order, "evaluate", delay=2, leave=False, disable=None):
         yield members, collate([rows[i] for i in members], padding)
 
 

@@ -29,11 +29,15 @@ class Prediction:
 
 
 class Predictor:
-    """A model with a fine-tuned adapter. `load` makes one from the adapter's folder."""
+    """A model with a fine-tuned adapter. `load` makes one from the adapter's folder.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, task: str, labels: Sequence[str], max_length: int) -> None:
+    chat: of a language model, whether it learned to answer prompts (in its chat template, if it has one), or plain texts.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, task: str, labels: Sequence[str], max_length: int,
+                 chat: bool = True) -> None:
         self.model, self.tokenizer, self.task, self.labels = model.eval(), tokenizer, task, list(labels)
-        self.encoder = Encoder(tokenizer, max_length)
+        self.encoder, self.chat = Encoder(tokenizer, max_length), chat
 
     def predict(self, inputs: Sequence[Any], *, max_new_tokens: int = 60) -> list[Any]:
         """An answer to each input.
@@ -71,7 +75,7 @@ class Predictor:
         return Prediction(best, scores[best], scores)
 
     def _continue(self, prompt: str, max_new_tokens: int) -> str:
-        ids = self.encoder.prompt(prompt)[0]
+        ids = self.encoder.prompt(prompt)[0] if self.chat else self.encoder.start(prompt)
         if not ids:
             raise ValueError("the prompt is empty, expected some text")
         eos = self.tokenizer.eos_token_id
@@ -98,7 +102,7 @@ def load(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None 
     if tokenizer is None:
         raise ValueError(f"{base or facts['base']} has no tokenizer, expected the one the adapter was trained with")
     load_adapter(model, directory)
-    return Predictor(model, tokenizer, facts["task"], names, length)
+    return Predictor(model, tokenizer, facts["task"], names, length, facts.get("chat", True))
 
 
 def predict(directory: str | os.PathLike[str], inputs: Sequence[Any], *, base: str | os.PathLike[str] | None = None,
