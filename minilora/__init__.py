@@ -3,7 +3,7 @@
 The public names, and nothing else. Read the folders from the bottom up: backend, autograd, nn, lora, rank, training.
 """
 
-from . import rank, training
+from . import rank, tasks, training
 from .autograd import (
     GradcheckError,
     Tensor,
@@ -53,9 +53,8 @@ __all__ = [
     "GradcheckError", "LoraConfig", "Module", "Parameter", "Tensor", "TrainConfig", "Transformer", "TransformerConfig",
     "add_adapter", "analyze", "array_module", "attention", "compose", "count_parameters", "cross_entropy", "delete_adapter",
     "disable_adapter", "extract", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "left_padded", "linear",
-    "load_adapter",
-    "load_pretrained", "log_softmax", "lora_linear", "merge_adapter", "merge_and_unload", "merge_checkpoint", "no_grad", "rank",
-    "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter", "set_device", "set_scale",
-    "silu", "softmax", "stream", "stream_text", "sweep", "swiglu", "tensor", "to_device", "to_host", "train", "training",
-    "unmerge_adapter",
+    "load_adapter", "load_pretrained", "log_softmax", "lora_linear", "merge_adapter", "merge_and_unload", "merge_checkpoint",
+    "no_grad", "rank", "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter",
+    "set_device", "set_scale", "silu", "softmax", "stream", "stream_text", "sweep", "swiglu", "tasks", "tensor", "to_device",
+    "to_host", "train", "training", "unmerge_adapter",
 ]

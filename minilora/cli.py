@@ -14,7 +14,7 @@ from typing import Any
 
 import minilora
 
-from . import bench, plots
+from . import bench, plots, tasks
 from .backend import DeviceError, current_device, set_device
 from .lora.files import load_adapter
 from .pretrained import load_pretrained, reference, stream_text
@@ -76,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     _analyze_verb(verbs)
     _generate_verb(verbs)
     _file_verbs(verbs)
+    _task_verbs(verbs)
     return top
 
 
@@ -148,6 +149,47 @@ def _file_verbs(verbs: Any) -> None:
     verify.add_argument("directory", help="the folder that `minilora reference` wrote")
     verify.add_argument("theirs", help="a folder with safetensors of the same names, holding the answers")
     _json(verify)
+
+
+def _task_verbs(verbs: Any) -> None:
+    """Fine-tuning on a file, and its result at work."""
+    tune = _verb(verbs, "finetune", _finetune, "fine-tune a pretrained model on a file with LoRA, and measure before and after",
+                 "minilora finetune minilm-l6 --task sentiment --data reviews.csv -o my-adapter")
+    tune.add_argument("model", help="a folder, a .gguf file, a hub id, or minilm-l6 or smollm2-135m")
+    tune.add_argument("--task", required=True, choices=list(tasks.TASKS), help="labels of texts, tags of words, or text")
+    tune.add_argument("--data", required=True, metavar="FILE", help="sentiment: .csv, .tsv or .jsonl with columns text and "
+                      "label; ner: CoNLL-style lines; text: plain text, or .jsonl with text, or with prompt and completion")
+    tune.add_argument("--eval", metavar="FILE", help="to evaluate on (default: a tenth of the data, drawn by the seed)")
+    tune.add_argument("-o", "--out", metavar="OUT", help="the folder to write (default: TASK-adapter); the same call goes "
+                      "on with an unfinished run")
+    tune.add_argument("--force", action="store_true", help="replace what OUT holds")
+    for name, kind, what in (
+            ("r", int, "the rank"), ("alpha", float, "lora_alpha: the update is scaled by alpha / r"),
+            ("lora-dropout", float, "on the input of the update"), ("dropout", float, "of the base"),
+            ("lr", float, "the peak learning rate"), ("epochs", float, "passes over the data"),
+            ("steps", int, "updates, in place of epochs"), ("batch", int, "examples in a batch"),
+            ("tokens", int, "tokens in a batch at most, in place of --batch"),
+            ("max-length", int, "of an example, in tokens; what is longer is cut"),
+            ("warmup", float, "steps, or a share below 1"),
+            ("limit", int, "use only so many examples, drawn by the seed")):
+        tune.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=f"{what} (default: by the task)")
+    tune.add_argument("--schedule", choices=["linear", "cosine", "constant"], help="of the rate (default: by the task)")
+    tune.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt, or all-linear")
+    tune.add_argument("--eval-share", type=float, default=0.1, metavar="X", help="held out without --eval (default 0.1)")
+    tune.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    tune.add_argument("--text-column", default="text", metavar="NAME", help="where the texts are (default text)")
+    tune.add_argument("--label-column", default="label", metavar="NAME", help="where the labels are (default label)")
+    tune.add_argument("--labels", nargs="+", metavar="NAME", help="all labels, in the order of their numbers (default: sorted)")
+    tune.add_argument("--device", default=None, help="cpu or gpu (default: $MINILORA_DEVICE, or cpu)")
+    _json(tune)
+
+    ask = _verb(verbs, "predict", _predict, "label, tag or continue new texts with what `minilora finetune` wrote",
+                'minilora predict my-adapter "a film to see twice"')
+    ask.add_argument("directory", help="the folder that `minilora finetune` wrote")
+    ask.add_argument("texts", nargs="*", metavar="text", help="the texts (default: the lines of standard input)")
+    ask.add_argument("--base", metavar="MODEL", help="where the base is (default: where it was)")
+    ask.add_argument("--device", default=None, help="cpu or gpu (default: $MINILORA_DEVICE, or cpu)")
+    _json(ask)
 
 
 def _json(verb: argparse.ArgumentParser) -> None:
@@ -223,6 +265,30 @@ def _compose(args: argparse.Namespace) -> None:
 def _extract(args: argparse.Namespace) -> None:
     _print(extract(args.base, args.tuned, args.out, rank=args.rank, energy=args.energy, target_modules=args.target_modules,
                    force=args.force, progress=True), args)
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    names = ("r", "lora_dropout", "dropout", "lr", "epochs", "steps", "batch", "tokens", "max_length", "warmup", "schedule")
+    settings = {name: getattr(args, name) for name in names}
+    targets = args.target_modules[0] if args.target_modules == ["all-linear"] else args.target_modules
+    report = tasks.finetune(
+        args.model, args.data, args.task, eval=args.eval, out=args.out or f"{args.task}-adapter", force=args.force,
+        text_column=args.text_column, label_column=args.label_column, labels=args.labels, eval_share=args.eval_share,
+        limit=args.limit, seed=args.seed, lora_alpha=args.alpha, target_modules=targets, **settings)
+    _print(report, args)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    texts = args.texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    found = tasks.predict(args.directory, texts, base=args.base)
+    if args.json:
+        print(json.dumps([vars(each) if isinstance(each, tasks.Prediction) else each for each in found]))
+        return
+    for text, each in zip(texts, found):
+        if isinstance(each, tasks.Prediction):
+            print(f"{each.label}\t{each.score:.3f}\t{text}")
+        else:
+            print(each if isinstance(each, str) else " ".join(word if tag == "O" else f"{word}/{tag}" for word, tag in each))
 
 
 def _reference(args: argparse.Namespace) -> None:

@@ -14,7 +14,8 @@ from minilora.lora.files import save_adapter
 from minilora.nn import Transformer, TransformerConfig
 from minilora.studies import STUDIES, rank_quality
 
-VERBS = ["study", "bench", "analyze", "generate", "merge", "resize", "compose", "extract", "reference", "verify"]
+VERBS = ["study", "bench", "analyze", "generate", "merge", "resize", "compose", "extract", "reference", "verify", "finetune",
+         "predict"]
 
 
 def fails(arguments, capsys, code=2):

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minilora import plots
 from minilora.autograd import gradcheck, tensor
 from minilora.data import load_corpus
 from minilora.nn import TransformerConfig
-from minilora.studies import STUDIES, Options, rank_quality
+from minilora.studies import STUDIES, Options, rank_quality, sentiment, style
 from minilora.studies.common import Pretraining, cache_folder, pretrained_base
 from minilora.studies.planted import kl_divergence, planted_linear, planted_transformer
 from minilora.studies.text import Setting
@@ -113,3 +114,35 @@ def test_committed_numbers_belong_to_the_committed_figure():
     kl = {row["rank"]: max(row["kl"]) for row in report["planted_transformer"]["rows"]}
     assert min(row for row in report["planted_transformer"]["rows"][1]["kl"]) >= 10 * max(kl[r] for r in kl if r >= 4)
     assert abs(report["text"]["merge"]["merged"] - report["text"]["merge"]["adapter"]) < 1e-5
+
+
+@pytest.fixture
+def twin_report():
+    """A report of two rows, as the studies against PyTorch + PEFT write it."""
+    def row(name, torch=True):
+        side = {"metrics": {"accuracy": 0.8}, "seconds": 3.0, "losses": [0.7, 0.5, 0.4]}
+        return {"name": name, "metric": "accuracy", "before": 0.5, "train": 9, "held_out": 4, "steps": 3, "truncated": 1,
+                "max_length": 8, "padding": 0.1, "settings": {"r": 2, "lora_alpha": 4}, "parameters": {"trainable": 10},
+                "minilora": side} | ({"torch": side | {"seconds": 6.0}, "agreement": 0.75} if torch else {})
+    return lambda torch=True: {"rows": [row("one", torch), row("two", torch)], "without": [] if torch else ["torch"],
+                               "base": "b", "seconds": 1.0}
+
+
+def test_a_study_says_when_pytorch_is_left_out(twin_report):
+    with_torch, without = sentiment.table(twin_report()), sentiment.table(twin_report(torch=False))
+    assert "75.00%" in with_torch and "0.50" in with_torch and "left out" not in with_torch
+    assert "PyTorch + PEFT left out: torch not installed" in without and "75.00%" not in without
+    for report in (twin_report(), twin_report(torch=False)):
+        figure = plots.twins(report, "title")
+        assert len(figure.axes) == 3
+        plots.plt.close(figure)
+
+
+def test_pairs_for_style_do_not_repeat_and_are_in_form():
+    pairs = style.pairs()
+    assert len(pairs) > 300 and len({pair.prompt for pair in pairs}) == len(pairs)
+    answers = [json.loads(pair.text) for pair in pairs]
+    assert len({answer["summary"] for answer in answers}) == len(pairs)
+    assert all(style.in_form(pair.text) for pair in pairs) and pairs == style.pairs()
+    for wrong in ("", "yes", "[]", '{"name": "a"}', '{"name": "a", "kind": "b", "summary": 1}', "[" * 10**5):
+        assert not style.in_form(wrong)

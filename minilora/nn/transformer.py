@@ -60,6 +60,7 @@ class Transformer(Module):
         self.answer = {"lm": self.lm_logits, "sequence": self.sequence_logits, "token": self.token_logits,
                        "none": self.states}[cfg.head]
         self.adapter_configs: dict[str, Any] = {}                  # by adapter name, kept by lora/
+        self.drawn: list[str] = []                                 # parameters that a checkpoint did not hold, by pretrained/
 
     def __call__(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None,
                  position_ids: Any = None, adapter_names: Sequence[str] | None = None,

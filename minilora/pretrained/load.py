@@ -33,7 +33,8 @@ def load_pretrained(source: str | os.PathLike[str], *, head: str | None = None, 
 
     head: "lm", "sequence", "token", or "none" for the hidden states; by default what the model was saved with, and "none"
     for a masked language model. n_labels: for a new classifier, drawn from `seed`, whatever head the files have (the head is
-    then "sequence" unless it is given). dropout: in place of the config's. dtype: "float32", or "float64" for checks.
+    then "sequence" unless it is given); model.drawn lists what was drawn. dropout: in place of the config's. dtype: "float32",
+    or "float64" for checks.
 
     Raises FileNotFoundError for what is not there, ImportError for a library that is not installed, and ValueError, with one
     line that says what was got and what was expected, for files that are not as they should be.
@@ -85,6 +86,7 @@ def build(cfg: TransformerConfig, source: Source, where: Any, dtype: str = "floa
     init = Init(host_rng(seed), dtype)
     for path in sorted(path for path in new if path.endswith(".weight")):
         parameters[path].data[...] = init.normal(*parameters[path].shape)
+    model.drawn = sorted(new)
     return model.eval()
 
 

@@ -1,10 +1,24 @@
 """One file, one question, one table, one figure. `minilora study NAME` runs one."""
 
-from . import amplification, capacity, init, rank_lr, rank_quality, spectrum, subspaces, which_matrices
+from . import (
+    amplification,
+    capacity,
+    entities,
+    init,
+    rank_lr,
+    rank_quality,
+    sentiment,
+    spectrum,
+    style,
+    subspaces,
+    which_matrices,
+)
 from .common import Options
 
-STUDIES = {"rank-quality": rank_quality, "which-matrices": which_matrices, "rank-lr": rank_lr, "subspaces": subspaces,
-           "amplification": amplification, "spectrum": spectrum,
-           "capacity": capacity, "init": init}
+STUDIES = {
+    "rank-quality": rank_quality, "which-matrices": which_matrices, "rank-lr": rank_lr, "subspaces": subspaces,
+    "amplification": amplification, "spectrum": spectrum, "capacity": capacity, "init": init,
+    "sentiment": sentiment, "entities": entities, "style": style,
+}
 
 __all__ = ["STUDIES", "Options"]

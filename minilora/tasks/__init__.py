@@ -1,5 +1,10 @@
-"""Tasks on real models: several adapters on one base, chosen for each request."""
+"""Fine-tuning presets: a base, a file and a task in; a measured adapter out; and the adapter at work on new texts."""
 
+from .finetune import Run, finetune, fit, prepare
+from .predict import Prediction, Predictor, load, predict
+from .presets import TASKS, Settings
+from .report import FinetuneReport
 from .router import Router, embed_texts, keywords
 
-__all__ = ["Router", "embed_texts", "keywords"]
+__all__ = ["TASKS", "FinetuneReport", "Prediction", "Predictor", "Router", "Run", "Settings", "embed_texts", "finetune",
+           "fit", "keywords", "load", "predict", "prepare"]

@@ -161,6 +161,7 @@ class _Run:
         self.waited = 0                                        # evaluations since then
         self.pending: list[Array] = []                         # losses that have not come to the host
         self.clock = time.perf_counter()
+        self.seen = self.clock, 0                              # when the bar last showed numbers, and the tokens until then
 
     def advance(self, window: list[Batch]) -> None:
         """One update from the batches of a window. Nothing here waits for the device."""
@@ -184,7 +185,7 @@ class _Run:
         saves = config.checkpoint and step % (config.checkpoint_every or max(1, config.steps // 10)) == 0
         if step % config.log_every == 0 or self.done or evaluates or saves:
             self.collect()
-            bar.set_postfix(loss=f"{self.history.loss[-1]:.4f}", refresh=False)
+            bar.set_postfix(self.shown(), refresh=False)
         if evaluates:
             self.judge()
         if self.done:
@@ -195,6 +196,13 @@ class _Run:
             self.history.seconds, self.clock = self.history.seconds + now - self.clock, now
         if config.checkpoint and (self.done or saves):
             self.save()
+
+    def shown(self) -> dict[str, str]:
+        """For the bar: the last loss and learning rate, and tokens a second since the last look."""
+        now, history = time.perf_counter(), self.history
+        rate = (history.tokens - self.seen[1]) / max(now - self.seen[0], 1e-9)
+        self.seen = now, history.tokens
+        return {"loss": f"{history.loss[-1]:.4f}", "lr": f"{history.lr[-1]:.2e}", "tokens/s": f"{rate:,.0f}"}
 
     def collect(self) -> None:
         """Bring the pending losses to the host, together."""
@@ -269,6 +277,7 @@ class _Run:
         history |= {"eval": [tuple(pair) for pair in history["eval"]], "best": history["best"] and tuple(history["best"])}
         self.history = History(**history)
         self.step, self.done, self.waited = facts["step"], facts["done"], facts["waited"]
+        self.seen = self.clock, self.history.tokens
 
     def _identity(self) -> dict[str, Any]:
         """The fields of the config that change numbers, as JSON gives them back."""
