@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -135,7 +136,7 @@ def test_a_study_says_when_pytorch_is_left_out(twin_report):
     for report in (twin_report(), twin_report(torch=False)):
         figure = plots.twins(report, "title")
         assert len(figure.axes) == 3
-        plots.plt.close(figure)
+        plt.close(figure)
 
 
 def test_pairs_for_style_do_not_repeat_and_are_in_form():
