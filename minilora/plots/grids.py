@@ -230,3 +230,53 @@ def spectrum(data: dict[str, Any]) -> Figure:
         axes[2].legend(fontsize=9.5)
         figure.suptitle(f"Full fine-tuning's ΔW beside LoRA's: {data['text']['from']} to {data['text']['to']}", fontsize=16)
     return figure
+
+
+def real_model(data: dict[str, Any]) -> Figure:
+    """The same measures on a real model: choices, shared directions, what W has in ΔW's directions, spectra."""
+    found = data["updates"]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 2, figsize=(15, 10.5), layout="constrained")
+        choices(axes[0, 0], data["matrices"], "matrices")
+        axes[0, 0].set_xlabel("held-out loss, nats (lower is better)")
+        axes[0, 0].set_title("a   one budget, on which matrices?", loc="left")
+        for module, dash in zip(data["grids"], ("-", DASHED)):
+            for (pair, grid), colour, marker in zip(data["grids"][module].items(), (BLUE, ORANGE, GREY), "os^"):
+                phi, kind = np.diagonal(np.array(grid["phi"])), module.rpartition(".")[2].removesuffix("_proj")
+                axes[0, 1].plot(np.arange(1, len(phi) + 1), phi, color=colour, marker=marker, linestyle=dash,
+                                markevery=max(1, len(phi) // 8), label=f"{kind}: {pair}")
+        axes[0, 1].plot([1, 64], [1 / grid["k"], 64 / grid["k"]], color=BLACK, linestyle=(0, (1, 1)), label="chance, n/k")
+        axes[0, 1].set_ylim(0, 1.03)
+        axes[0, 1].set_xlabel("n: number of directions")
+        axes[0, 1].set_ylabel("φ(n, n)")
+        axes[0, 1].set_title("b   shared input directions, last layer", loc="left")
+        axes[0, 1].legend(fontsize=10)
+        rows = [(f"{kind.removesuffix('_proj')}, {r}", values) for kind, by_rank in found["amplification"].items()
+                for r, values in by_rank.items()]
+        bars = [("projection_top", GREEN, "", "W's own top directions"), ("projection", BLUE, "//", "ΔW's directions"),
+                ("projection_random", GREY, "..", "random directions")]
+        for i, (key, colour, hatch, label) in enumerate(bars):
+            axes[1, 0].bar(np.arange(len(rows)) + 0.27 * (i - 1), [values[key] for _, values in rows], 0.25, color=colour,
+                           hatch=hatch, edgecolor="white", label=label)
+        axes[1, 0].set_yscale("log")
+        low, high = axes[1, 0].get_ylim()
+        axes[1, 0].set_ylim(low, high * (high / low) ** 0.3)
+        axes[1, 0].set_xticks(range(len(rows)), [name for name, _ in rows])
+        axes[1, 0].set_ylabel("‖UᵀWVᵀ‖, what W has there")
+        axes[1, 0].set_title("c   how strong W is in the directions of …", loc="left")
+        axes[1, 0].legend(ncols=3, loc="upper right", fontsize=10)
+        axes[1, 0].grid(False, axis="x")
+        colours = [*shades(len(found["spectra"]) - 1), BLACK]
+        for (name, values), colour, marker in zip(found["spectra"].items(), colours, "osDx"):
+            axes[1, 1].plot(np.arange(1, len(values) + 1), np.maximum(values, 1e-4), color=colour, marker=marker,
+                            markevery=max(1, len(values) // 10), linestyle=DASHED if name == "full" else "-",
+                            label="full fine-tuning" if name == "full" else f"LoRA, {name}")
+        axes[1, 1].set_xscale("log", base=2)
+        axes[1, 1].xaxis.set_major_formatter(ScalarFormatter())
+        axes[1, 1].set_yscale("log")
+        axes[1, 1].set_xlabel("i: number of the singular value")
+        axes[1, 1].set_ylabel("σᵢ / σ₁ of ΔW")
+        axes[1, 1].set_title(f"d   spectra, {found['last']}", loc="left")
+        axes[1, 1].legend(loc="lower left")
+        figure.suptitle(f"On a real model: {data['base']}, sentiment of film reviews, {data['seeds']} seeds", fontsize=16)
+    return figure

@@ -7,6 +7,7 @@ from . import (
     init,
     rank_lr,
     rank_quality,
+    real_model,
     sentiment,
     spectrum,
     style,
@@ -18,6 +19,7 @@ from .common import Options
 STUDIES = {
     "rank-quality": rank_quality, "which-matrices": which_matrices, "rank-lr": rank_lr, "subspaces": subspaces,
     "amplification": amplification, "spectrum": spectrum, "capacity": capacity, "init": init,
+    "real-model": real_model,
     "sentiment": sentiment, "entities": entities, "style": style,
 }
 
