@@ -3,7 +3,7 @@
 The public names, and nothing else. Read the folders from the bottom up: backend, autograd, nn, lora, rank, training.
 """
 
-from . import rank, training
+from . import methods, rank, training
 from .autograd import (
     GradcheckError,
     Tensor,
@@ -38,6 +38,7 @@ from .lora import (
     unmerge_adapter,
 )
 from .lora.files import load_adapter, save_adapter
+from .methods import BitFitConfig, FullConfig, IA3Config, LoraFAConfig, LoRAFAdamW, loraplus_groups
 from .nn import Module, Parameter, Transformer, TransformerConfig, generate
 from .pretrained import load_pretrained, reference, save_pretrained
 from .pretrained.edit import compose, resize
@@ -49,10 +50,12 @@ from .training import TrainConfig, sweep, train
 __version__ = "0.1.0"
 
 __all__ = [
-    "GradcheckError", "LoraConfig", "Module", "Parameter", "Tensor", "TrainConfig", "Transformer", "TransformerConfig",
+    "BitFitConfig", "FullConfig", "GradcheckError", "IA3Config", "LoRAFAdamW", "LoraConfig", "LoraFAConfig",
+    "Module", "Parameter", "Tensor", "TrainConfig", "Transformer", "TransformerConfig",
     "add_adapter", "analyze", "array_module", "attention", "compose", "count_parameters", "cross_entropy", "delete_adapter",
     "disable_adapter", "extract", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "linear", "load_adapter",
-    "load_pretrained", "log_softmax", "lora_linear", "merge_adapter", "merge_and_unload", "merge_checkpoint", "no_grad", "rank",
+    "load_pretrained", "log_softmax", "lora_linear", "loraplus_groups", "merge_adapter", "merge_and_unload", "merge_checkpoint",
+    "methods", "no_grad", "rank",
     "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter", "set_device", "set_scale",
     "silu", "softmax", "sweep",
     "swiglu", "tensor", "to_device", "to_host", "train", "training", "unmerge_adapter",

@@ -1,0 +1,153 @@
+"""Every method that PEFT has, against PEFT: the same outputs, gradients and twenty steps of training, and files both ways.
+
+Our adapter, every number random, is saved; PEFT loads the folder as a trainable adapter. So each comparison starts from files.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from parity_twins import TASKS, close, logits_of, peft, torch, twins
+from safetensors.numpy import load_file
+
+import minilora as ml
+from minilora.backend import to_host
+from minilora.lora import adapters_of, add_adapter, merge_adapter
+from minilora.lora.files import load_adapter, save_adapter
+from minilora.methods.files import leaves_of
+from minilora.nn.names import file_names
+from minilora.training import AdamW
+
+LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+PEFT_TARGETS = {"gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "intermediate.dense"]}
+
+
+def options(**fields):
+    return lambda form: {"target_modules": PEFT_TARGETS[form]} | fields
+
+
+CASES = {                                                  # name -> (our config, PEFT's, options of both)
+    "rslora": (ml.LoraConfig, peft.LoraConfig, options(r=4, lora_alpha=3, use_rslora=True)),
+    "dora": (ml.LoraConfig, peft.LoraConfig, options(r=3, lora_alpha=5, use_dora=True)),
+    "dora-rslora": (ml.LoraConfig, peft.LoraConfig, options(r=3, lora_alpha=5, use_dora=True, use_rslora=True,
+                                                            rank_pattern={"c_fc": 2, "v_proj": 1, "query": 2})),
+    "ia3": (ml.IA3Config, peft.IA3Config, lambda form: {}),
+    "ia3-chosen": (ml.IA3Config, peft.IA3Config, lambda form: {
+        "target_modules": PEFT_TARGETS[form], "feedforward_modules": PEFT_TARGETS[form][1:]}),
+}
+FORMS = {"gpt2": {}, "llama": {}, "bert": {"n_labels": 3}}
+cases = pytest.mark.parametrize("name", CASES)
+forms = pytest.mark.parametrize("form", FORMS)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match any targeted module:RuntimeWarning"),
+]
+
+
+def by_key(model):
+    """The key in the files -> our Parameter."""
+    files = file_names(model.cfg)
+    own = {}
+    for path, adapter in adapters_of(model).items():
+        leaves = leaves_of(adapter) if not hasattr(adapter, "lora_A") or hasattr(adapter, "leaves") else \
+            {leaf: getattr(adapter, name) for name, leaf in LORA.items()}
+        own |= {f"base_model.model.{files[path]}.{leaf}": p for leaf, p in leaves.items()}
+    return own
+
+
+def their_parameters(wrapped):
+    """The key in the files -> PEFT's trainable parameter."""
+    named = {name.replace(".modules_to_save.default", "").replace(".default", ""): p for name, p in wrapped.named_parameters()
+             if p.requires_grad}
+    return {name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): p for name, p in named.items()}
+
+
+def adapted_twins(name, form, tmp_path, rng):
+    """(ours, theirs) with one adapter, taken over by PEFT from our files."""
+    ours, theirs = twins(form, **FORMS[form])
+    config, _, fields = CASES[name]
+    add_adapter(ours, config(**fields(form)))
+    for p in by_key(ours).values():
+        p.data += rng.standard_normal(p.shape) * 0.2
+    save_adapter(ours, tmp_path)
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True).eval()
+    return ours, wrapped
+
+
+@cases
+@forms
+def test_forward_gradients_merge_and_20_steps(name, form, tmp_path, rng):
+    ours, wrapped = adapted_twins(name, form, tmp_path, rng)
+    ids = rng.integers(1, ours.cfg.vocab_size, (2, 7))
+    mine, other = ours(ids), logits_of(wrapped, ids)
+    close(mine.data, other.detach().numpy(), 1e-10, "logits")
+    cotangent = rng.standard_normal(mine.shape)
+    mine.backward(cotangent)
+    other.backward(torch.from_numpy(cotangent))
+    own, their = by_key(ours), their_parameters(wrapped)
+    assert own.keys() == their.keys()
+    for key, p in own.items():
+        close(p.grad, their[key].grad.numpy(), 1e-9, key)
+
+    merge_adapter(ours)
+    close(ours(ids).data, mine.data, 1e-10, "logits after merging")
+    ml.unmerge_adapter(ours)
+
+    mine, other = AdamW(own.values(), lr=3e-3), torch.optim.AdamW(their.values(), lr=3e-3)
+    for step in range(20):
+        ids = rng.integers(1, ours.cfg.vocab_size, (4, 8))
+        labels = rng.integers(0, 3, (4, 8) if ours.cfg.head == "lm" else (4,))
+        mine.zero_grad()
+        other.zero_grad()
+        loss = ml.cross_entropy(ours(ids), labels)
+        logits = logits_of(wrapped, ids)
+        expected = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), torch.from_numpy(labels).reshape(-1))
+        loss.backward()
+        expected.backward()
+        mine.step()
+        other.step()
+        assert float(to_host(loss)) == pytest.approx(float(expected.detach()), rel=1e-9), f"step {step}"
+    for key, p in own.items():
+        close(p.data, their[key].detach().numpy(), 1e-6, key)
+
+
+@cases
+@forms
+def test_saved_by_peft_it_loads_here(name, form, tmp_path, rng):
+    ours, theirs = twins(form, **FORMS[form])
+    _, config, fields = CASES[name]
+    extra = {} if form != "gpt2" else {"fan_in_fan_out": True}
+    wrapped = peft.get_peft_model(theirs, config(**fields(form), **extra, task_type=TASKS[ours.cfg.head])).eval()
+    with torch.no_grad():
+        for p in their_parameters(wrapped).values():
+            p += torch.from_numpy(rng.standard_normal(p.shape) * 0.2)
+    wrapped.save_pretrained(tmp_path)
+    load_adapter(ours, tmp_path)
+    ids = rng.integers(1, ours.cfg.vocab_size, (2, 7))
+    close(ours(ids).data, logits_of(wrapped, ids).detach().numpy(), 1e-10)
+
+    save_adapter(ours, tmp_path / "again")                 # the same tensors, and no key of the config that PEFT does not know
+
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    written, read = (json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path / "again", tmp_path))
+    assert written.keys() <= read.keys()
+    assert written["peft_type"] == read["peft_type"]
+
+
+@cases
+def test_a_new_adapter_starts_as_pefts_does(name, rng):
+    """Both start as the base; parameters that are not random are equal."""
+    ours, theirs = twins("llama")
+    config, their_config, fields = CASES[name]
+    add_adapter(ours, config(**fields("llama")))
+    wrapped = peft.get_peft_model(theirs, their_config(**fields("llama"), task_type="CAUSAL_LM")).eval()
+    their = their_parameters(wrapped)
+    for key, p in by_key(ours).items():
+        assert p.shape == tuple(their[key].shape)
+        if not key.endswith("lora_A.weight"):
+            np.testing.assert_allclose(p.data, their[key].detach().numpy(), rtol=1e-6, atol=1e-7)
+        else:
+            assert p.data.std() == pytest.approx(float(their[key].detach().std()), rel=0.5)
