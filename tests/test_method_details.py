@@ -15,6 +15,7 @@ from minilora.lora.files import save_adapter
 from minilora.methods import DoRA, IA3Config
 from minilora.methods.dora import row_norm
 from minilora.methods.lora_fa import projected_gradient
+from minilora.methods.residual import randomised_svd
 from minilora.training import SGD, AdamW
 
 # --- DoRA -------------------------------------------------------------------------------------------
@@ -215,3 +216,67 @@ def test_lora_fas_optimiser_steps_along_the_projection(device):
     add_adapter(plain, LoraConfig(r=2, target_modules=["up_proj"]))
     with pytest.raises(ValueError, match="no active LoRA-FA adapter"):
         LoRAFAdamW(plain)
+
+
+# --- PiSSA, MiLoRA, OLoRA -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("init", "part"), [("pissa", slice(0, 2)), ("milora", slice(-2, None))])
+def test_the_part_of_the_weight_that_is_trained(device, init, part):
+    model = build("llama")
+    add_adapter(model, LoraConfig(r=2, lora_alpha=3, init_lora_weights=init, target_modules=["q_proj", "down_proj"]))
+    for path, adapter in adapters_of(model).items():
+        W = to_host(model.get_module(path).weight.data)
+        U, S, Vh = np.linalg.svd(W, full_matrices=False)
+        expected = U[:, part] * S[part] @ Vh[part]
+        B0, A0 = to_host(adapter.B0), to_host(adapter.A0)
+        assert_allclose(1.5 * B0 @ A0, expected, rtol=1e-10, atol=1e-12)
+        assert_allclose(B0.T @ B0, A0 @ A0.T, atol=1e-12)              # the balanced split
+        assert_allclose(np.linalg.norm(W - 1.5 * B0 @ A0) ** 2, (S**2).sum() - (S[part] ** 2).sum(), rtol=1e-10)
+
+
+def test_oloras_B_is_orthonormal_and_BA_is_a_part_of_QR(device):
+    model = build("llama")
+    add_adapter(model, LoraConfig(r=3, lora_alpha=6, init_lora_weights="olora", target_modules=["up_proj"]))
+    for path, adapter in adapters_of(model).items():
+        Q, R = np.linalg.qr(to_host(model.get_module(path).weight.data))
+        assert_allclose(to_host(adapter.B0).T @ to_host(adapter.B0), np.eye(3), atol=1e-12)
+        assert_allclose(to_host(adapter.B0) @ to_host(adapter.A0), Q[:, :3] @ R[:3], atol=1e-12)
+
+
+def test_the_randomised_svd_comes_as_near_as_its_rounds_allow(device, rng):
+    W = rng.standard_normal((30, 6)) @ rng.standard_normal((6, 40)) * 3 + rng.standard_normal((30, 40)) * 0.1
+    S = np.linalg.svd(W, compute_uv=False)
+    best, errors = np.sqrt((S[4:] ** 2).sum()), []
+    for rounds in (0, 1, 8):
+        U, s, Vh = (to_host(a) for a in randomised_svd(to_device(W), 4, rounds, np.random.default_rng(0)))
+        errors.append(np.linalg.norm(W - U[:, :4] * s[:4] @ Vh[:4]))
+        assert_allclose(U.T @ U, np.eye(10), atol=1e-12)
+    assert best <= errors[2] * (1 + 1e-12) and errors[2] < best * (1 + 1e-9) < errors[0]
+
+
+@pytest.mark.parametrize("init", ["pissa", "milora", "olora"])
+def test_a_residual_start_is_lora_on_the_weight_without_it(device, init):
+    """W + s(BA - B₀A₀) is LoRA from B₀ and A₀ on the weight W - s B₀A₀: the same outputs and the same gradients."""
+    config = LoraConfig(r=2, lora_alpha=3, init_lora_weights=init, target_modules=["up_proj"])
+    model, moved = build(), build()
+    add_adapter(model, config)
+    add_adapter(moved, LoraConfig(r=2, lora_alpha=3, target_modules=["up_proj"]))
+    for (path, ours), theirs in zip(shaken(model).items(), adapters_of(moved).values(), strict=True):
+        moved.get_module(path).weight.data -= ours.base_scale * (ours.B0 @ ours.A0)
+        theirs.load_state_dict(ours.state_dict())
+    for m in (model, moved):
+        cross_entropy(m(IDS), IDS).backward()
+    assert_allclose(run(model), run(moved), rtol=1e-12, atol=1e-13)
+    for a, b in zip(trained(model), trained(moved), strict=True):
+        assert abs(to_host(a.grad)).max() > 1e-4
+        assert_allclose(to_host(a.grad), to_host(b.grad), rtol=1e-10, atol=1e-13)
+
+
+def shaken(model):
+    return adapters_of(shake(model))
+
+
+def test_a_number_of_rounds_is_a_number():
+    with pytest.raises(ValueError, match="'pissa_niter_N' with N rounds"):
+        add_adapter(build(), LoraConfig(r=2, init_lora_weights="pissa_niter_many"))

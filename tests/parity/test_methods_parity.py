@@ -20,6 +20,7 @@ from minilora.methods.files import leaves_of
 from minilora.nn.names import file_names
 from minilora.training import AdamW
 
+optimizers = pytest.importorskip("peft.optimizers")
 LORA = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
 PEFT_TARGETS = {"gpt2": ["c_attn", "c_fc"], "llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "intermediate.dense"]}
 
@@ -75,6 +76,24 @@ def adapted_twins(name, form, tmp_path, rng):
     return ours, wrapped
 
 
+def compare_steps(ours, wrapped, mine, other, own, their, rng):
+    """Twenty steps on both sides: the same losses, and the same parameters at the end."""
+    for step in range(20):
+        ids = rng.integers(1, ours.cfg.vocab_size, (4, 8))
+        labels = rng.integers(0, 3, (4, 8) if ours.cfg.head == "lm" else (4,))
+        mine.zero_grad()
+        other.zero_grad()
+        loss, logits = ml.cross_entropy(ours(ids), labels), logits_of(wrapped, ids)
+        expected = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), torch.from_numpy(labels).reshape(-1))
+        loss.backward()
+        expected.backward()
+        mine.step()
+        other.step()
+        assert float(to_host(loss)) == pytest.approx(float(expected.detach()), rel=1e-8), f"step {step}"
+    for key, p in own.items():
+        close(p.data, their[key].detach().numpy(), 1e-6, key)
+
+
 @cases
 @forms
 def test_forward_gradients_merge_and_20_steps(name, form, tmp_path, rng):
@@ -94,22 +113,7 @@ def test_forward_gradients_merge_and_20_steps(name, form, tmp_path, rng):
     close(ours(ids).data, mine.data, 1e-10, "logits after merging")
     ml.unmerge_adapter(ours)
 
-    mine, other = AdamW(own.values(), lr=3e-3), torch.optim.AdamW(their.values(), lr=3e-3)
-    for step in range(20):
-        ids = rng.integers(1, ours.cfg.vocab_size, (4, 8))
-        labels = rng.integers(0, 3, (4, 8) if ours.cfg.head == "lm" else (4,))
-        mine.zero_grad()
-        other.zero_grad()
-        loss = ml.cross_entropy(ours(ids), labels)
-        logits = logits_of(wrapped, ids)
-        expected = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), torch.from_numpy(labels).reshape(-1))
-        loss.backward()
-        expected.backward()
-        mine.step()
-        other.step()
-        assert float(to_host(loss)) == pytest.approx(float(expected.detach()), rel=1e-9), f"step {step}"
-    for key, p in own.items():
-        close(p.data, their[key].detach().numpy(), 1e-6, key)
+    compare_steps(ours, wrapped, AdamW(own.values(), lr=3e-3), torch.optim.AdamW(their.values(), lr=3e-3), own, their, rng)
 
 
 @cases
@@ -151,3 +155,72 @@ def test_a_new_adapter_starts_as_pefts_does(name, rng):
             np.testing.assert_allclose(p.data, their[key].detach().numpy(), rtol=1e-6, atol=1e-7)
         else:
             assert p.data.std() == pytest.approx(float(their[key].detach().std()), rel=0.5)
+
+
+# --- starts that take a part of W: there the base of PEFT changes, ours does not ------------------------
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_8", "olora"])
+def test_residual_starts_and_20_steps(init, tmp_path, rng):
+    """PEFT's own start in float32, then its training in float64 from our factors on the base that it changed; then its file."""
+    fields = {"r": 3, "lora_alpha": 6, "init_lora_weights": init, "target_modules": PEFT_TARGETS["llama"]}
+    ours, theirs = twins("llama", "float32")
+    before = {key: p.detach().clone() for key, p in theirs.named_parameters()}
+    add_adapter(ours, ml.LoraConfig(**fields))
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**fields))
+    files = file_names(ours.cfg)
+    for path, adapter in adapters_of(ours).items():
+        layer = wrapped.get_submodule(f"base_model.model.{files[path]}")
+        taken = before[f"{files[path]}.weight"] - layer.base_layer.weight.detach()
+        part, W = adapter.base_scale * adapter.B0 @ adapter.A0, before[f"{files[path]}.weight"].numpy()
+        if "niter" in init:                                # random on both sides; ours draws more directions than it keeps
+            assert np.linalg.norm(W - part) <= np.linalg.norm(W - taken.numpy()) * (1 + 1e-6)
+        else:
+            close(part, taken.numpy(), 2e-5, path)
+
+    ours, theirs = twins("llama")
+    add_adapter(ours, ml.LoraConfig(**fields))
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**fields | {"init_lora_weights": True}))
+    own, their = by_key(ours), their_parameters(wrapped)
+    with torch.no_grad():
+        for path, adapter in adapters_of(ours).items():
+            layer = wrapped.get_submodule(f"base_model.model.{files[path]}")
+            layer.base_layer.weight -= torch.from_numpy(adapter.base_scale * adapter.B0 @ adapter.A0)
+        for key, p in own.items():
+            their[key].copy_(torch.from_numpy(p.data))
+    compare_steps(ours, wrapped, AdamW(own.values(), lr=3e-3), torch.optim.AdamW(their.values(), lr=3e-3), own, their, rng)
+    ids = rng.integers(1, ours.cfg.vocab_size, (2, 7))
+    save_adapter(ours, tmp_path)                           # a plain LoRA of rank 2r on the base as it was
+    again = peft.PeftModel.from_pretrained(twins("llama")[1], tmp_path).eval()
+    close(logits_of(again, ids).detach().numpy(), ours(ids).data, 1e-10)
+    close(logits_of(wrapped, ids).detach().numpy(), ours(ids).data, 1e-6)
+
+
+# --- optimisers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["llama", "gpt2"])
+def test_loraplus_20_steps(form, tmp_path, rng):
+    ours, wrapped = adapted_twins("dora", form, tmp_path, rng)
+    own, their = by_key(ours), their_parameters(wrapped)
+    mine = AdamW(ml.loraplus_groups(ours, 1e-3, 16.0, loraplus_weight_decay=0.1), lr=1e-3, eps=1e-6)
+    other = optimizers.create_loraplus_optimizer(wrapped, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, eps=1e-6,
+                                      loraplus_weight_decay=0.1)
+    compare_steps(ours, wrapped, mine, other, own, their, rng)
+
+
+def test_lora_fa_20_steps(tmp_path, rng):
+    ours, theirs = twins("llama")
+    fields = {"r": 3, "lora_alpha": 6, "target_modules": PEFT_TARGETS["llama"], "rank_pattern": {"v_proj": 2}}
+    add_adapter(ours, ml.LoraFAConfig(**fields))
+    for p in by_key(ours).values():
+        p.data += rng.standard_normal(p.shape) * 0.2
+    save_adapter(ours, tmp_path)
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path, is_trainable=True).eval()
+    other = optimizers.create_lorafa_optimizer(wrapped, r=3, lora_alpha=6, lr=1e-3)
+    own, their = by_key(ours), their_parameters(wrapped)
+    own = {key: p for key, p in own.items() if p.requires_grad}
+    assert own.keys() == their.keys() and all(key.endswith("lora_B.weight") for key in own)
+    for group in other.param_groups:                       # its ε is not divided by the bias correction, so make it small
+        group["eps"] = 1e-12
+    compare_steps(ours, wrapped, ml.LoRAFAdamW(ours, 1e-3, eps=1e-12), other, own, their, rng)
