@@ -38,7 +38,19 @@ from .lora import (
     unmerge_adapter,
 )
 from .lora.files import load_adapter, save_adapter
-from .methods import BitFitConfig, FullConfig, IA3Config, LoraFAConfig, LoRAFAdamW, loraplus_groups
+from .methods import (
+    AdaLoraConfig,
+    BitFitConfig,
+    FullConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraFAConfig,
+    LoRAFAdamW,
+    RankAllocator,
+    VeraConfig,
+    loraplus_groups,
+)
 from .nn import Module, Parameter, Transformer, TransformerConfig, generate
 from .pretrained import load_pretrained, reference, save_pretrained
 from .pretrained.edit import compose, resize
@@ -50,7 +62,8 @@ from .training import TrainConfig, sweep, train
 __version__ = "0.1.0"
 
 __all__ = [
-    "BitFitConfig", "FullConfig", "GradcheckError", "IA3Config", "LoRAFAdamW", "LoraConfig", "LoraFAConfig",
+    "AdaLoraConfig", "BitFitConfig", "FullConfig", "GradcheckError", "IA3Config", "LoHaConfig", "LoKrConfig", "LoRAFAdamW",
+    "LoraConfig", "LoraFAConfig", "RankAllocator", "VeraConfig",
     "Module", "Parameter", "Tensor", "TrainConfig", "Transformer", "TransformerConfig",
     "add_adapter", "analyze", "array_module", "attention", "compose", "count_parameters", "cross_entropy", "delete_adapter",
     "disable_adapter", "extract", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "linear", "load_adapter",

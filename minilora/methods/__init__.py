@@ -1,13 +1,20 @@
 """The other ways to adapt, one file each, under the protocol of lora/layer.py. Importing this registers them."""
 
 
+from .adalora import AdaLoRA, AdaLoraConfig
+from .adalora_budget import RankAllocator
 from .bitfit import BitFit, BitFitConfig
 from .dora import DoRA
 from .full import FullConfig, FullFineTuning
 from .ia3 import IA3, IA3Config
+from .loha import LoHa, LoHaConfig
+from .lokr import LoKr, LoKrConfig
 from .lora_fa import LoRAFA, LoraFAConfig, LoRAFAdamW
 from .lora_plus import loraplus_groups
 from .residual import MiLoRA, OLoRA, PiSSA
+from .vera import VeRA, VeraConfig
+from .vera_files import VeraFormat
 
-__all__ = ["BitFit", "BitFitConfig", "DoRA", "FullConfig", "FullFineTuning", "IA3", "IA3Config", "LoRAFA", "LoRAFAdamW",
-           "LoraFAConfig", "MiLoRA", "OLoRA", "PiSSA", "loraplus_groups"]
+__all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "DoRA", "FullConfig", "FullFineTuning", "IA3", "IA3Config",
+           "LoHa", "LoHaConfig", "LoKr", "LoKrConfig", "LoRAFA", "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA", "PiSSA",
+           "RankAllocator", "VeRA", "VeraConfig", "VeraFormat", "loraplus_groups"]

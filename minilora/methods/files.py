@@ -17,7 +17,7 @@ import numpy as np
 
 from ..backend import device_of, host_rng, to_device, to_host
 from ..lora import METHODS, Adapter, adapters_of, add_adapter
-from ..lora.config import find_targets, module_names
+from ..lora.config import by_pattern, find_targets, module_names
 from ..lora.files import LOADERS, SAVERS, TASKS, shortest, wanted_modules
 from ..lora.peft_format import CONFIG, NEUTRAL, PREFIX, WEIGHTS, by_module, existing, read_safetensors, write_folder
 from ..nn import Embedding, Linear, Transformer
@@ -64,29 +64,30 @@ class FileFormat:
         whole = {path for path, adapter in adapters.items() if not hasattr(adapter, "leaves")}
         own = {files[path] for path in adapters.keys() - whole}
         options: dict[str, Any] = {key: getattr(config, key) for key in self.options if key not in BY_MODULE}
-        for key, pattern, find in (("r", "rank_pattern", "rank"), ("lora_alpha", "alpha_pattern", "alpha"),
-                                   ("alpha", "alpha_pattern", "alpha")):
+        for key, pattern in ("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"), ("alpha", "alpha_pattern"):
             if key in self.options:
-                usual, others = by_module({files[path]: getattr(config, find)(names[path]) for path in adapters.keys() - whole})
+                found = getattr(config, pattern, {}), getattr(config, key)
+                usual, others = by_module({files[path]: by_pattern(found[0], names[path], found[1])
+                                           for path in adapters.keys() - whole})
                 options |= {key: usual} | ({pattern: others} if pattern in self.options else {})
-        head = str(cfg.head)
+        head, modules = str(cfg.head), {files[path]: adapter for path, adapter in adapters.items() if path not in whole}
         options |= {**self.fixed, "peft_type": self.peft_type or self.kind, "inference_mode": True,
                     "task_type": TASKS[head] if cfg.causal or head != "lm" else None, "base_model_name_or_path": base_model,
                     "fan_in_fan_out": any(stored_transposed(cfg, f) for f in files.values()),
                     "target_modules": shortest(own, {files[p] for p in names.keys() & files.keys() - whole}),
                     "modules_to_save": sorted(files[path] for path in whole) or None,
                     **({} if cfg.model_type else {"module_names": "minilora"}),
-                    **self.own_options({files[path]: adapter for path, adapter in adapters.items() if path not in whole})}
+                    **self.own_options(modules)}
         tensors = {f"{PREFIX}{files[path]}.{leaf}": np.ascontiguousarray(_laid(model, files[path], leaf, to_host(p.data)))
                    for path, adapter in adapters.items() for leaf, p in leaves_of(adapter).items()}
-        write_folder(folder, tensors | self.extra(adapters), json.dumps(options, indent=2, sort_keys=True).encode())
+        write_folder(folder, tensors | self.extra(modules), json.dumps(options, indent=2, sort_keys=True).encode())
 
     def own_options(self, modules: dict[str, Any]) -> dict[str, Any]:
         """Keys of the config that depend on the adapters (by their modules' names in the file)."""
         return {}
 
-    def extra(self, adapters: dict[str, Any]) -> dict[str, np.ndarray]:
-        """Tensors of the file that belong to no module."""
+    def extra(self, modules: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Tensors of the file that are no parameter of one module."""
         return {}
 
     def load(self, model: Transformer, folder: Path, name: str) -> None:
