@@ -42,6 +42,7 @@ from .methods import (
     AdaLoraConfig,
     BitFitConfig,
     FullConfig,
+    HoulsbyConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
@@ -62,7 +63,7 @@ from .training import TrainConfig, sweep, train
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaLoraConfig", "BitFitConfig", "FullConfig", "GradcheckError", "IA3Config", "LoHaConfig", "LoKrConfig", "LoRAFAdamW",
+    "AdaLoraConfig", "BitFitConfig", "FullConfig", "GradcheckError", "HoulsbyConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "LoRAFAdamW",
     "LoraConfig", "LoraFAConfig", "RankAllocator", "VeraConfig",
     "Module", "Parameter", "Tensor", "TrainConfig", "Transformer", "TransformerConfig",
     "add_adapter", "analyze", "array_module", "attention", "compose", "count_parameters", "cross_entropy", "delete_adapter",

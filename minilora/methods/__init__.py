@@ -6,6 +6,7 @@ from .adalora_budget import RankAllocator
 from .bitfit import BitFit, BitFitConfig
 from .dora import DoRA
 from .full import FullConfig, FullFineTuning
+from .houlsby import Houlsby, HoulsbyConfig
 from .ia3 import IA3, IA3Config
 from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
@@ -15,6 +16,7 @@ from .residual import MiLoRA, OLoRA, PiSSA
 from .vera import VeRA, VeraConfig
 from .vera_files import VeraFormat
 
-__all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "DoRA", "FullConfig", "FullFineTuning", "IA3", "IA3Config",
-           "LoHa", "LoHaConfig", "LoKr", "LoKrConfig", "LoRAFA", "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA", "PiSSA",
-           "RankAllocator", "VeRA", "VeraConfig", "VeraFormat", "loraplus_groups"]
+__all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "DoRA", "FullConfig", "FullFineTuning", "Houlsby",
+           "HoulsbyConfig", "IA3", "IA3Config", "LoHa", "LoHaConfig", "LoKr", "LoKrConfig", "LoRAFA", "LoRAFAdamW",
+           "LoraFAConfig", "MiLoRA", "OLoRA", "PiSSA", "RankAllocator", "VeRA", "VeraConfig", "VeraFormat",
+           "loraplus_groups"]

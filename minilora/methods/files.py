@@ -34,7 +34,7 @@ class FileFormat:
 
     kind: what `kind_of` says of such a folder; peft_type: its name in the config. config: our class of it. options: the fields
     of that class that the file has, under the same names. fixed: further keys that are always written. lacking: PEFT's options
-    that we do not have, with the defaults that they must keep.
+    that we do not have, with the defaults that they must keep. layout: whether PEFT's config has fan_in_fan_out.
     """
 
     method: str
@@ -44,6 +44,7 @@ class FileFormat:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     lacking: Mapping[str, Any] = field(default_factory=dict)
     peft_type: str = ""
+    layout: bool = True
 
     def register(self) -> FileFormat:
         """Let save_adapter and load_adapter use this format."""
@@ -71,9 +72,10 @@ class FileFormat:
                                            for path in adapters.keys() - whole})
                 options |= {key: usual} | ({pattern: others} if pattern in self.options else {})
         head, modules = str(cfg.head), {files[path]: adapter for path, adapter in adapters.items() if path not in whole}
+        if self.layout:
+            options["fan_in_fan_out"] = any(stored_transposed(cfg, f) for f in files.values())
         options |= {**self.fixed, "peft_type": self.peft_type or self.kind, "inference_mode": True,
                     "task_type": TASKS[head] if cfg.causal or head != "lm" else None, "base_model_name_or_path": base_model,
-                    "fan_in_fan_out": any(stored_transposed(cfg, f) for f in files.values()),
                     "target_modules": shortest(own, {files[p] for p in names.keys() & files.keys() - whole}),
                     "modules_to_save": sorted(files[path] for path in whole) or None,
                     **({} if cfg.model_type else {"module_names": "minilora"}),

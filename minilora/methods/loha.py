@@ -73,4 +73,4 @@ def kaiming(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(-bound, bound, shape)
 
 
-FileFormat("loha", "LOHA", LoHaConfig, (*PATTERNS, "init_weights"), {}, LACKING).register()
+FileFormat("loha", "LOHA", LoHaConfig, (*PATTERNS, "init_weights"), {}, LACKING, layout=False).register()

@@ -82,4 +82,4 @@ def factorization(n: int, factor: int = -1) -> tuple[int, int]:
 
 
 FileFormat("lokr", "LOKR", LoKrConfig, (*PATTERNS, "init_weights", "decompose_both", "decompose_factor"), {},
-           LACKING | {"rank_dropout_scale": False}).register()
+           LACKING | {"rank_dropout_scale": False}, layout=False).register()
