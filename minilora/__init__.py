@@ -50,7 +50,9 @@ from .methods import (
     LoRAFAdamW,
     RankAllocator,
     VeraConfig,
+    loftq,
     loraplus_groups,
+    quantise,
 )
 from .nn import Module, Parameter, Transformer, TransformerConfig, generate
 from .pretrained import load_pretrained, reference, save_pretrained
@@ -63,14 +65,13 @@ from .training import TrainConfig, sweep, train
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaLoraConfig", "BitFitConfig", "FullConfig", "GradcheckError", "HoulsbyConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "LoRAFAdamW",
-    "LoraConfig", "LoraFAConfig", "RankAllocator", "VeraConfig",
-    "Module", "Parameter", "Tensor", "TrainConfig", "Transformer", "TransformerConfig",
-    "add_adapter", "analyze", "array_module", "attention", "compose", "count_parameters", "cross_entropy", "delete_adapter",
-    "disable_adapter", "extract", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "linear", "load_adapter",
-    "load_pretrained", "log_softmax", "lora_linear", "loraplus_groups", "merge_adapter", "merge_and_unload", "merge_checkpoint",
-    "methods", "no_grad", "rank",
-    "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter", "set_device", "set_scale",
-    "silu", "softmax", "sweep",
-    "swiglu", "tensor", "to_device", "to_host", "train", "training", "unmerge_adapter",
+    "AdaLoraConfig", "BitFitConfig", "FullConfig", "GradcheckError", "HoulsbyConfig", "IA3Config", "LoHaConfig",
+    "LoKrConfig", "LoRAFAdamW", "LoraConfig", "LoraFAConfig", "Module", "Parameter", "RankAllocator", "Tensor",
+    "TrainConfig", "Transformer", "TransformerConfig", "VeraConfig", "add_adapter", "analyze", "array_module", "attention",
+    "compose", "count_parameters", "cross_entropy", "delete_adapter", "disable_adapter", "extract", "gelu", "gelu_tanh",
+    "generate", "gradcheck", "layer_norm", "linear", "load_adapter", "load_pretrained", "loftq", "log_softmax",
+    "lora_linear", "loraplus_groups", "merge_adapter", "merge_and_unload", "merge_checkpoint", "methods", "no_grad",
+    "quantise", "rank", "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter",
+    "set_device", "set_scale", "silu", "softmax", "sweep", "swiglu", "tensor", "to_device", "to_host", "train", "training",
+    "unmerge_adapter",
 ]

