@@ -42,6 +42,7 @@ from .methods import (
     AdaLoraConfig,
     BitFitConfig,
     FullConfig,
+    GateProx,
     HoulsbyConfig,
     IA3Config,
     LoHaConfig,
@@ -49,6 +50,7 @@ from .methods import (
     LoraFAConfig,
     LoRAFAdamW,
     RankAllocator,
+    SoRAConfig,
     VeraConfig,
     loftq,
     loraplus_groups,
@@ -65,8 +67,8 @@ from .training import TrainConfig, sweep, train
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaLoraConfig", "BitFitConfig", "FullConfig", "GradcheckError", "HoulsbyConfig", "IA3Config", "LoHaConfig",
-    "LoKrConfig", "LoRAFAdamW", "LoraConfig", "LoraFAConfig", "Module", "Parameter", "RankAllocator", "Tensor",
+    "AdaLoraConfig", "BitFitConfig", "FullConfig", "GateProx", "GradcheckError", "HoulsbyConfig", "IA3Config", "LoHaConfig",
+    "LoKrConfig", "LoRAFAdamW", "LoraConfig", "LoraFAConfig", "Module", "Parameter", "RankAllocator", "SoRAConfig", "Tensor",
     "TrainConfig", "Transformer", "TransformerConfig", "VeraConfig", "add_adapter", "analyze", "array_module", "attention",
     "compose", "count_parameters", "cross_entropy", "delete_adapter", "disable_adapter", "extract", "gelu", "gelu_tanh",
     "generate", "gradcheck", "layer_norm", "linear", "load_adapter", "load_pretrained", "loftq", "log_softmax",

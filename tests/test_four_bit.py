@@ -13,7 +13,8 @@ from minilora.backend import to_device, to_host
 from minilora.lora import adapters_of, add_adapter, disable_adapter, merge_adapter
 from minilora.lora.layer import dense
 from minilora.methods import four_bit
-from minilora.methods.four_bit import FourBit, byte_values, code_values, nearest
+from minilora.methods.codes import byte_values, code_values, nearest
+from minilora.methods.four_bit import FourBit
 
 NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,

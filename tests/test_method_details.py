@@ -7,7 +7,17 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from test_methods import IDS, adapters_of, add, build, layer_of, run, shake, trained
 
-from minilora import LoraConfig, LoraFAConfig, LoRAFAdamW, loraplus_groups
+from minilora import (
+    AdaLoraConfig,
+    GateProx,
+    LoraConfig,
+    LoraFAConfig,
+    LoRAFAdamW,
+    RankAllocator,
+    SoRAConfig,
+    analyze,
+    loraplus_groups,
+)
 from minilora.autograd import GradcheckError, cross_entropy, gradcheck, tensor
 from minilora.backend import to_device, to_host
 from minilora.lora import Adapter, add_adapter, set_scale
@@ -16,7 +26,8 @@ from minilora.methods import DoRA, IA3Config
 from minilora.methods.dora import row_norm
 from minilora.methods.lora_fa import projected_gradient
 from minilora.methods.residual import randomised_svd
-from minilora.training import SGD, AdamW
+from minilora.methods.sora import soft_threshold
+from minilora.training import SGD, AdamW, TrainConfig, train
 
 # --- DoRA -------------------------------------------------------------------------------------------
 
@@ -280,3 +291,89 @@ def shaken(model):
 def test_a_number_of_rounds_is_a_number():
     with pytest.raises(ValueError, match="'pissa_niter_N' with N rounds"):
         add_adapter(build(), LoraConfig(r=2, init_lora_weights="pissa_niter_many"))
+
+
+# --- SoRA -----------------------------------------------------------------------------------------------
+
+
+def test_soras_step_is_the_prox(device, rng):
+    """It minimises ½(x - g)² + ξ|x|: found by trying all x of a fine grid."""
+    grid, g = np.linspace(-3, 3, 60001), rng.uniform(-2.5, 2.5, 50)
+    best = grid[np.argmin((grid - g[:, None]) ** 2 / 2 + 0.5 * abs(grid), axis=1)]
+    assert_allclose(to_host(soft_threshold(to_device(g), 0.5)), best, rtol=0, atol=1e-4)
+    assert to_host(soft_threshold(to_device(np.array([0.5, -0.5, 0.0, 0.75, -1.5])), 0.5)).tolist() == [0, 0, 0, 0.25, -1.0]
+
+
+def test_soras_gates_close_in_training_and_stay_out_of_the_update():
+    model = build(dtype="float32")
+    add_adapter(model, SoRAConfig(r=4, sparse_lambda=3.0, target_modules=["up_proj", "down_proj"]))
+    prox = GateProx(model)
+    config = TrainConfig(steps=20, lr=1e-2, schedule="constant", progress=False)
+    train(model, lambda i: (IDS, IDS), config, callback=prox.callback)
+    ranks = prox.ranks()
+    assert 0 < sum(ranks.values()) < 4 * len(ranks)
+    assert {row["rank"] for row in analyze(model).modules.values()} == {4}
+    for path, adapter in adapters_of(model).items():
+        A, B, _ = adapter.factors()
+        assert np.linalg.matrix_rank(B.data @ A.data) <= ranks[path]
+    plain = build()
+    add_adapter(plain, LoraConfig(r=2))
+    with pytest.raises(ValueError, match="is not SoRA"):
+        GateProx(plain)
+
+
+# --- AdaLoRA --------------------------------------------------------------------------------------------
+
+
+def adalora(**fields):
+    model = build(dtype="float32")
+    add_adapter(model, AdaLoraConfig(**{"init_r": 4, "target_r": 2, "tinit": 3, "tfinal": 4, "deltaT": 2, "total_step": 20,
+                                        "target_modules": ["q_proj", "up_proj"]} | fields))
+    return model
+
+
+def test_the_budget_is_cubic_continuous_and_met_exactly():
+    model = adalora()
+    allocator = RankAllocator(model)
+    modules = len(allocator.adapters)
+    assert [allocator.budget(t) for t in (0, 3, 16, 20)] == [4 * modules, 4 * modules, 2 * modules, 2 * modules]
+    fine = RankAllocator(adalora(total_step=40000, tinit=1000, tfinal=1000))
+    budgets = [fine.budget(t) for t in range(40001)]
+    assert set(-np.diff(budgets)) == {0, 1}
+    seen = []
+
+    def callback(step, model, history):
+        allocator.callback(step)
+        seen.append(sum(int((a.lora_E.data != 0).sum()) for a in allocator.adapters.values()))
+
+    train(model, lambda i: (IDS, (IDS + 1) % 11), TrainConfig(steps=20, lr=1e-2, progress=False), loss=allocator.loss,
+          callback=callback)
+    for step, ranks in allocator.ranks:
+        assert sum(ranks.values()) == allocator.budget(step) == seen[step - 1]
+    assert [step for step, _ in allocator.ranks] == [4, 6, 8, 10, 12, 14, 16]
+    assert seen[15:] == [2 * modules] * 5                  # the last choice is kept
+
+
+@pytest.mark.parametrize("orth_reg", ["paper", "peft"])
+def test_adaloras_penalty_and_its_gradient(device, orth_reg):
+    model = build()
+    add_adapter(model, AdaLoraConfig(init_r=3, target_r=2, total_step=10, orth_reg=orth_reg, target_modules=["up_proj"]))
+    shake(model)
+    allocator = RankAllocator(model)
+    matrices = [to_host(m) for a in allocator.adapters.values() for m in (a.lora_A.data, a.lora_B.data.T)]
+    norms = [np.linalg.norm(m @ m.T - np.eye(3)) for m in matrices]
+    expected = sum(n**2 for n in norms) if orth_reg == "paper" else np.mean(norms)
+    assert float(to_host(allocator.orthogonality().data)) == pytest.approx(expected, rel=1e-12)
+    vectors = [p for a in allocator.adapters.values() for p in (a.lora_A, a.lora_B)]
+    assert gradcheck(lambda *_: allocator.orthogonality(), vectors, directions=2, eps=1e-6)
+    assert gradcheck(lambda *_: allocator.loss(model, (IDS, IDS)), trained(model), directions=1, eps=1e-6)
+
+
+def test_adaloras_options_that_do_not_fit():
+    for fields in {"target_r": 13}, {"total_step": None}, {"tinit": 10, "tfinal": 10}, {"orth_reg": "none"}, {"use_rslora": True}:
+        with pytest.raises(ValueError):
+            AdaLoraConfig(**{"total_step": 20} | fields)
+    with pytest.raises(ValueError, match="is not AdaLoRA"):
+        model = build()
+        add_adapter(model, LoraConfig(r=2))
+        RankAllocator(model)

@@ -23,6 +23,7 @@ from minilora import (
     LoKrConfig,
     LoraConfig,
     LoraFAConfig,
+    SoRAConfig,
     VeraConfig,
 )
 from minilora.autograd import gradcheck
@@ -101,6 +102,7 @@ CASES = {
                       lambda d, k: d // 4 + k // 4 + 4 + 4),
     "adalora": Case(other(AdaLoraConfig, init_r=3, target_r=2, lora_alpha=3, total_step=10), lambda d, k: 3 * (d + k + 1),
                     thin=True),
+    "sora": Case(other(SoRAConfig, r=2), lambda d, k: 2 * (d + k + 1), thin=True),
     "bitfit": Case(other(BitFitConfig), lambda d, k: d, bias=True),
     "houlsby": Case(other(HoulsbyConfig, bottleneck=3), lambda d, k: 2 * 3 * d + 3 + d, exact=False, merges=False),
     "full": Case(other(FullConfig), lambda d, k: d * k + d),

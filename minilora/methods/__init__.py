@@ -15,10 +15,11 @@ from .lora_fa import LoRAFA, LoraFAConfig, LoRAFAdamW
 from .lora_plus import loraplus_groups
 from .qlora import loftq, quantise
 from .residual import MiLoRA, OLoRA, PiSSA
+from .sora import GateProx, SoRA, SoRAConfig
 from .vera import VeRA, VeraConfig
 from .vera_files import VeraFormat
 
 __all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "DoRA", "FourBit", "FullConfig", "FullFineTuning",
-           "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa", "LoHaConfig", "LoKr", "LoKrConfig", "LoRAFA",
-           "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA", "PiSSA", "RankAllocator", "VeRA", "VeraConfig", "VeraFormat",
-           "loftq", "loraplus_groups", "quantise"]
+           "GateProx", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa", "LoHaConfig", "LoKr", "LoKrConfig", "LoRAFA",
+           "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA", "PiSSA", "RankAllocator", "SoRA", "SoRAConfig", "VeRA",
+           "VeraConfig", "VeraFormat", "loftq", "loraplus_groups", "quantise"]
