@@ -370,7 +370,7 @@ def test_adaloras_penalty_and_its_gradient(device, orth_reg):
 
 
 def test_adaloras_options_that_do_not_fit():
-    for fields in {"target_r": 13}, {"total_step": None}, {"tinit": 10, "tfinal": 10}, {"orth_reg": "none"}, {"use_rslora": True}:
+    for fields in {"target_r": 13}, {"total_step": None}, {"tinit": 10, "tfinal": 10}, {"orth_reg": "no"}, {"use_rslora": True}:
         with pytest.raises(ValueError):
             AdaLoraConfig(**{"total_step": 20} | fields)
     with pytest.raises(ValueError, match="is not AdaLoRA"):

@@ -74,7 +74,7 @@ def quantise(model: Transformer, quant_type: str = "nf4", double_quant: bool = T
     Raises ValueError for an unknown type, a model with adapters, or one that is quantised already.
     """
     if adapter_names(model):
-        raise ValueError(f"quantise with adapters {', '.join(adapter_names(model))} on the model: quantise first, then add them")
+        raise ValueError(f"quantise with adapters {', '.join(adapter_names(model))} on the model: quantise first, then add")
     layers: list[Any] = [layer for _, _, layer in find_targets(model, TargetConfig(target_modules="all-linear"))]
     if not all(isinstance(layer.weight, Tensor) for layer in layers):
         raise ValueError("quantise: got a model that is quantised already, expected dense weights")
