@@ -3,7 +3,7 @@
 The public names, and nothing else. Read the folders from the bottom up: backend, autograd, nn, lora, rank, training.
 """
 
-from . import rank, tasks, training
+from . import methods, rank, tasks, training
 from .autograd import (
     GradcheckError,
     Tensor,
@@ -39,6 +39,24 @@ from .lora import (
     unmerge_adapter,
 )
 from .lora.files import load_adapter, save_adapter
+from .methods import (
+    AdaLoraConfig,
+    BitFitConfig,
+    FullConfig,
+    GateProx,
+    HoulsbyConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraFAConfig,
+    LoRAFAdamW,
+    RankAllocator,
+    SoRAConfig,
+    VeraConfig,
+    loftq,
+    loraplus_groups,
+    quantise,
+)
 from .nn import Module, Parameter, Transformer, TransformerConfig, generate, stream
 from .pretrained import load_pretrained, reference, save_pretrained, stream_text
 from .pretrained.analysis import analyze
@@ -50,11 +68,13 @@ from .training import TrainConfig, sweep, train
 __version__ = "0.1.0"
 
 __all__ = [
-    "GradcheckError", "LoraConfig", "Module", "Parameter", "Tensor", "TrainConfig", "Transformer", "TransformerConfig",
-    "add_adapter", "analyze", "array_module", "attention", "compose", "count_parameters", "cross_entropy", "delete_adapter",
-    "disable_adapter", "extract", "gelu", "gelu_tanh", "generate", "gradcheck", "layer_norm", "left_padded", "linear",
-    "load_adapter", "load_pretrained", "log_softmax", "lora_linear", "merge_adapter", "merge_and_unload", "merge_checkpoint",
-    "no_grad", "rank", "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter",
+    "AdaLoraConfig", "BitFitConfig", "FullConfig", "GateProx", "GradcheckError", "HoulsbyConfig", "IA3Config", "LoHaConfig",
+    "LoKrConfig", "LoRAFAdamW", "LoraConfig", "LoraFAConfig", "Module", "Parameter", "RankAllocator", "SoRAConfig", "Tensor",
+    "TrainConfig", "Transformer", "TransformerConfig", "VeraConfig", "add_adapter", "analyze", "array_module", "attention",
+    "compose", "count_parameters", "cross_entropy", "delete_adapter", "disable_adapter", "extract", "gelu", "gelu_tanh",
+    "generate", "gradcheck", "layer_norm", "left_padded", "linear", "load_adapter", "load_pretrained", "loftq", "log_softmax",
+    "lora_linear", "loraplus_groups", "merge_adapter", "merge_and_unload", "merge_checkpoint", "methods", "no_grad",
+    "quantise", "rank", "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter",
     "set_device", "set_scale", "silu", "softmax", "stream", "stream_text", "sweep", "swiglu", "tasks", "tensor", "to_device",
     "to_host", "train", "training", "unmerge_adapter",
 ]

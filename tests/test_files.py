@@ -330,8 +330,9 @@ WRONG = {
     "json too deep": (text("[" * 100_000), ValueError, "not JSON"),
     "not text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), ValueError, "not JSON"),
     "a list": (text("[]"), ValueError, "peft_type is 'list'"),
-    "another method": (config(peft_type="IA3"), ValueError, "peft_type is 'IA3', expected \"LORA\""),
-    "dora": (config(use_dora=True), ValueError, "use_dora = True, expected False"),
+    "another method": (config(peft_type="OFT"), ValueError, "peft_type is 'OFT', expected \"LORA\""),
+    "a method with other keys": (config(peft_type="IA3"), ValueError, r"lacks .*\.0\.mlp\.down_proj\.ia3_l"),
+    "dora": (config(use_dora=True), ValueError, "lacks .*lora_magnitude_vector"),
     "bias": (config(bias="lora_only"), ValueError, "bias = 'lora_only', expected 'none'"),
     "pissa": (config(init_lora_weights="pissa_niter_4"), ValueError, "goes with a base that this init changed"),
     "rank is text": (config(r="8"), ValueError, "rank r = '8'"),
@@ -550,9 +551,7 @@ def test_a_method_that_is_no_product_is_refused(tmp_path):
 
     try:
         model = fresh()
-        config = LoraConfig(target_modules=["q_proj"])
-        config.method = "twice"
-        add_adapter(model, config)
+        add_adapter(model, type("TwiceConfig", (LoraConfig,), {"method": "twice"})(target_modules=["q_proj"]))
         with pytest.raises(ValueError, match=r"layers.0.attn.q_proj has a Twice, whose update is no product s·B@A"):
             save_adapter(model, tmp_path)
     finally:

@@ -771,7 +771,7 @@ def test_a_refused_adapter_leaves_the_model_as_it_was(device, case):
     ({"rank_pattern": {"q_proj": 0}}, r"rank q_proj = 0: expected"),
     ({"lora_dropout": 1.0}, r"lora_dropout = 1\.0: expected 0 <= p < 1"),
     ({"lora_dropout": -0.1}, r"lora_dropout"),
-    ({"init_lora_weights": "pissa"}, r"init_lora_weights = 'pissa': expected True, False or 'gaussian'"),
+    ({"init_lora_weights": "pisa"}, r"init_lora_weights = 'pisa': expected True, False or 'gaussian'"),
     ({"target_modules": "*q_proj"}, r"target_modules = '\*q_proj': expected a list of names or a regex"),
     ({"exclude_modules": "("}, r"exclude_modules = '\(': expected"),
 ])

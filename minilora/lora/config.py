@@ -1,4 +1,4 @@
-"""LoraConfig, with PEFT's names, meanings and defaults; and which modules of a model it means."""
+"""LoraConfig, with PEFT's names, meanings and defaults; what all methods' configs share; which modules of a model they mean."""
 
 from __future__ import annotations
 
@@ -9,60 +9,86 @@ from typing import Any, ClassVar
 
 from ..nn import Embedding, Linear, PackedLinear, Transformer
 from ..nn.names import DEFAULT_TARGETS, file_names
+from .layer import METHODS
 
 
-@dataclass
-class LoraConfig:
-    """What LoRA to put where.
+@dataclass(kw_only=True)
+class TargetConfig:
+    """Where to put an adaptation, whatever its method.
 
-    r: the rank; lora_alpha α: the update is scaled by s = α/r, or α/√r with use_rslora (arXiv:2312.03732). lora_dropout: on
-    the branch's input, in training. target_modules: names or path suffixes (a list), a regex that must match a whole path (a
-    string), "all-linear" (every linear layer but the head), or None for PEFT's default (q and v; GPT-2: the packed qkv).
-    Our module names and the file names of the model's architecture (`query`, `c_attn` …) both count. exclude_modules: the
-    same forms, taken out again. rank_pattern, alpha_pattern: module name or regex -> r or α where they differ.
-    init_lora_weights: True (A uniform in ±1/√in, B = 0), "gaussian" (A normal with standard deviation 1/r, B = 0), or False
-    (B random too, to test). modules_to_save: layers that are trained whole and saved with the adapter; a classifier always
-    is. layers_to_transform: the layer numbers to adapt (None: all).
-
-    Raises ValueError, naming the field, for values out of range.
+    target_modules: names or path suffixes (a list), a regex that must match a whole path (a string), "all-linear" (every
+    linear layer but the head), or None for PEFT's default (for LoRA q and v; GPT-2: the packed qkv). Our module names and the
+    file names of the model's architecture (`query`, `c_attn` …) both count. exclude_modules: the same forms, taken out again.
+    modules_to_save: layers that are trained whole and saved with the adapter; a classifier always is. layers_to_transform:
+    the layer numbers to adapt (None: all).
     """
 
-    method: ClassVar[str] = "lora"                         # the registered adaptation (see layer.py)
+    method: ClassVar[Any]                                  # the name of the registered adaptation (see layer.py)
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    use_rslora: bool = False
-    init_lora_weights: bool | str = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
 
+    def default_targets(self, model_type: str | None) -> list[str]:
+        """What target_modules = None means."""
+        return list(DEFAULT_TARGETS.get(model_type or "", ("q_proj", "v_proj")))
+
     def __post_init__(self) -> None:
-        for where, r in {"r": self.r, **self.rank_pattern}.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ValueError(f"rank {where} = {r!r}: expected a whole number of at least 1")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout = {self.lora_dropout}: expected 0 <= p < 1")
         for where in ("target_modules", "exclude_modules"):
             pattern = getattr(self, where)
             try:
                 re.compile(pattern if isinstance(pattern, str) else "")
             except re.error as error:
                 raise ValueError(f"{where} = {pattern!r}: expected a list of names or a regex ({error})") from None
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: expected True, False or 'gaussian'")
+
+
+@dataclass(kw_only=True)
+class LoraConfig(TargetConfig):
+    """What LoRA to put where (`TargetConfig` says where).
+
+    r: the rank; lora_alpha α: the update is scaled by s = α/r, or α/√r with use_rslora (arXiv:2312.03732). lora_dropout: on
+    the branch's input, in training. rank_pattern, alpha_pattern: module name or regex -> r or α where they differ.
+    init_lora_weights: True (A uniform in ±1/√in, B = 0), "gaussian" (A normal with standard deviation 1/r, B = 0), False
+    (B random too, to test), or a start that methods/ takes from W: "pissa", "pissa_niter_N", "milora", "olora". use_dora: DoRA
+    (arXiv:2402.09353) in place of LoRA; detach_norm: its norm is no part of the gradient, as in PEFT.
+
+    Raises ValueError, naming the field, for values out of range.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    detach_norm: bool = True
+
+    @property
+    def method(self) -> str:
+        plain, start = "dora" if self.use_dora else "lora", self.init_lora_weights
+        return plain if start in (True, False, "gaussian") else f"{plain}:{str(start).partition('_')[0]}"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for where, r in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+                raise ValueError(f"rank {where} = {r!r}: expected a whole number of at least 1")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout = {self.lora_dropout}: expected 0 <= p < 1")
+        if ":" in self.method and (self.method, Linear) not in METHODS:
+            raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: expected True, False or 'gaussian', or without "
+                             "use_dora 'pissa', 'pissa_niter_N', 'milora' or 'olora'")
 
     def rank(self, names: tuple[str, ...]) -> int:
         """The rank of the module that has these names."""
-        return _by_pattern(self.rank_pattern, names, self.r)
+        return by_pattern(self.rank_pattern, names, self.r)
 
     def alpha(self, names: tuple[str, ...]) -> float:
         """lora_alpha of the module that has these names."""
-        return _by_pattern(self.alpha_pattern, names, self.lora_alpha)
+        return by_pattern(self.alpha_pattern, names, self.lora_alpha)
 
     def scale(self, names: tuple[str, ...]) -> float:
         """s = α/r, or α/√r with use_rslora, of the module that has these names."""
@@ -70,7 +96,7 @@ class LoraConfig:
         return alpha / (r**0.5 if self.use_rslora else r)
 
 
-def find_targets(model: Transformer, config: LoraConfig) -> list[tuple[str, tuple[str, ...], Linear | Embedding]]:
+def find_targets(model: Transformer, config: TargetConfig) -> list[tuple[str, tuple[str, ...], Linear | Embedding]]:
     """(path, its names, layer) of every module that the config targets.
 
     Raises ValueError if a name or pattern matches nothing, or no module is left.
@@ -78,7 +104,7 @@ def find_targets(model: Transformer, config: LoraConfig) -> list[tuple[str, tupl
     candidates = module_names(model)
     targets = config.target_modules
     if targets is None:
-        targets = list(DEFAULT_TARGETS.get(model.cfg.model_type or "", ("q_proj", "v_proj")))
+        targets = config.default_targets(model.cfg.model_type)
     if targets == "all-linear":
         chosen = _all_linear(model, candidates)
     else:
@@ -146,7 +172,7 @@ def matches(target: list[str] | str, names: tuple[str, ...]) -> bool:
     return any(name == t or name.endswith(f".{t}") for name in names for t in target)
 
 
-def _by_pattern(pattern: dict[str, Any], names: tuple[str, ...], default: Any) -> Any:
+def by_pattern(pattern: dict[str, Any], names: tuple[str, ...], default: Any) -> Any:
     for key, value in pattern.items():
         if any(_whole_parts(key).fullmatch(name) for name in names):
             return value

@@ -19,9 +19,12 @@ from .config import LoraConfig, find_targets, matches, module_names
 from .layer import adapted, strengthened
 from .lora import Replacement
 from .model import adapters_of, add_adapter, disable_adapter
-from .peft_format import CONFIG, by_module, read_adapter, saved_whole, to_lora_config, write_adapter
+from .peft_format import CONFIG, by_module, kind_of, read_adapter, saved_whole, to_lora_config, write_adapter
 
 __all__ = ["load_adapter", "read_adapter", "save_adapter", "write_adapter"]
+
+SAVERS: dict[str, Any] = {}    # method -> save(model, folder, name, base_model), for those of methods/ that are no s·B@A
+LOADERS: dict[str, Any] = {}   # kind_of(folder) -> load(model, folder, name)
 
 TASKS = {"lm": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS", "none": "FEATURE_EXTRACTION"}
 
@@ -33,7 +36,10 @@ def load_adapter(model: Transformer, directory: str | os.PathLike[str], name: st
     Raises as read_adapter does, and ValueError if the adapter does not fit the model; then the model is unchanged.
     """
     folder = _folder(directory, name)
-    options, modules = read_adapter(folder if (folder / CONFIG).exists() else directory)
+    folder = folder if (folder / CONFIG).exists() else Path(directory)
+    if (kind := kind_of(folder)) in LOADERS:
+        return LOADERS[kind](model, folder, name)
+    options, modules = read_adapter(folder)
     names, layers = module_names(model), dict(model.named_modules())
     theirs = bool(file_names(model.cfg)) and options.get("module_names") != "minilora"
     files = {path: known[-1 if theirs else 0] for path, known in names.items() if len(known) == 2 or not theirs}
@@ -44,7 +50,7 @@ def load_adapter(model: Transformer, directory: str | os.PathLike[str], name: st
     _refuse("has tensors of modules that this model does not have", modules.keys() - ours.keys())
     factors = {ours[file] for file, entry in modules.items() if "A" in entry}
     whole = {ours[file] for file, entry in modules.items() if "weight" in entry}
-    targets, saved = _wanted(model, options, files)
+    targets, saved = wanted_modules(model, options, files)
     _refuse("lacks tensors of modules that its config names", {files[path] for path in (targets - factors) | (saved - whole)})
     _refuse("has tensors of modules that its config does not target", {files[path] for path in factors - targets})
     values = {ours[file]: _fitted(model, file, layers[ours[file]], entry) for file, entry in modules.items()}
@@ -53,7 +59,7 @@ def load_adapter(model: Transformer, directory: str | os.PathLike[str], name: st
     ranks = {path: config.rank((files[path],)) for path in sorted(factors)}
     alphas = {path: config.alpha((files[path],)) for path in ranks}
     (config.r, config.rank_pattern), (config.lora_alpha, config.alpha_pattern) = by_module(ranks), by_module(alphas)
-    config.target_modules, config.modules_to_save = _shortest(factors, names.keys() - whole), sorted(whole) or None
+    config.target_modules, config.modules_to_save = shortest(factors, names.keys() - whole), sorted(whole) or None
     config.exclude_modules = config.layers_to_transform = None
     add_adapter(model, config, name)
     for path, adapter in adapters_of(model, name).items():
@@ -74,6 +80,8 @@ def save_adapter(model: Transformer, directory: str | os.PathLike[str], name: st
     Raises KeyError without such an adapter, ValueError for one that is no LoRA, OSError if the folder cannot be written.
     """
     folder, adapters = _folder(directory, name), adapters_of(model, name)
+    if (method := model.adapter_configs[name].method) in SAVERS:
+        return SAVERS[method](model, folder, name, base_model)
     layers: dict[str, Any] = dict(model.named_modules())
     files, entries = file_names(model.cfg) or {path: path for path in layers}, dict[str, dict[str, Any]]()
     with no_grad(), disable_adapter(model):                # also while merged, the layers have their base weights
@@ -106,10 +114,10 @@ def save_adapter(model: Transformer, directory: str | os.PathLike[str], name: st
     own = {} if model.cfg.model_type else {"module_names": "minilora"}
     write_adapter(folder, config | own | {
         "task_type": TASKS[head] if model.cfg.causal or head != "lm" else None, "base_model_name_or_path": base_model,
-        "fan_in_fan_out": any(stored_transposed(model.cfg, f) for f in files.values())}, modules, _shortest(targets, visible))
+        "fan_in_fan_out": any(stored_transposed(model.cfg, f) for f in files.values())}, modules, shortest(targets, visible))
 
 
-def _wanted(model: Transformer, options: dict[str, Any], files: dict[str, str]) -> tuple[set[str], set[str]]:
+def wanted_modules(model: Transformer, options: dict[str, Any], files: dict[str, str]) -> tuple[set[str], set[str]]:
     """Our paths of the modules that a config targets, as PEFT understands it, and of those it saves whole."""
     targets, excluded, layers = (options[key] for key in ("target_modules", "exclude_modules", "layers_to_transform"))
     saved = {path for path, file in files.items() if saved_whole(options, file)}
@@ -195,7 +203,7 @@ def _refuse(what: str, modules: set[str]) -> None:
         raise ValueError(f"the adapter {what}: {some}{more}; expected the base it was trained on, and the whole file")
 
 
-def _shortest(chosen: set[str], everything: set[str]) -> list[str]:
+def shortest(chosen: set[str], everything: set[str]) -> list[str]:
     """The last names of the chosen paths, if they mean just these, else the paths."""
     leaves = {path.rpartition(".")[2] for path in chosen}
     return sorted(leaves if {p for p in everything if p.rpartition(".")[2] in leaves} == chosen else chosen)

@@ -15,11 +15,11 @@ import numpy as np
 from ..autograd import Tensor, no_grad
 from ..backend import array_module, device_of, host_rng
 from ..nn import Embedding, Linear, Module, PackedLinear, Parameter, Transformer
-from .config import LoraConfig, find_targets, module_names
+from .config import TargetConfig, find_targets, module_names
 from .layer import METHODS, Adaptation, adapted, combine, working_terms
 
 
-def add_adapter(model: Transformer, config: LoraConfig, name: str = "default", seed: int = 0) -> None:
+def add_adapter(model: Transformer, config: TargetConfig, name: str = "default", seed: int = 0) -> None:
     """Put a new adapter on every module that the config targets, and make it the active one; the base is frozen.
 
     seed: of the adapter's initial values and dropout. Raises ValueError if the name is taken, nothing matches, or the rank
@@ -192,7 +192,7 @@ def adaptations(model: Module) -> list[Adaptation]:
     return [m for _, m in model.named_modules() if isinstance(m, Adaptation)]
 
 
-def _modules_to_save(model: Transformer, config: LoraConfig) -> Iterator[tuple[str, tuple[str, ...], Linear | Embedding]]:
+def _modules_to_save(model: Transformer, config: TargetConfig) -> Iterator[tuple[str, tuple[str, ...], Linear | Embedding]]:
     wanted = list(config.modules_to_save or ())
     if model.classifier is not None and "classifier" not in wanted:
         wanted.append("classifier")

@@ -14,6 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ def existing(directory: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def kind_of(folder: Path) -> str:
+    """What a folder says it holds: PEFT's peft_type, or "DORA" for a LORA with use_dora; "" if that cannot be read."""
+    with suppress(OSError, ValueError, RecursionError, AttributeError):
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return "DORA" if found.get("use_dora") is True and found["peft_type"] == "LORA" else str(found.get("peft_type"))
+    return ""
+
+
 def modules_of(path: Path, keys: Iterable[str]) -> dict[str, dict[str, str]]:
     """Module path -> {leaf: key} of the keys of a weights file. Raises ValueError for keys of another form, or none."""
     modules = dict[str, dict[str, str]]()
@@ -129,11 +138,16 @@ def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], mod
     text = config_text(config, {path: (e["A"].shape[0], e["scale"]) for path, e in modules.items() if "A" in e},
                        {re.sub(r"^classifier\..*", "classifier", path)              # RoBERTa's has two layers
                         for path, e in modules.items() if "A" not in e}, target_modules)
-    old = Path(directory, CONFIG)
+    write_folder(Path(directory), tensors, text)
+
+
+def write_folder(folder: Path, tensors: dict[str, np.ndarray], text: bytes) -> None:
+    """Write the two files of an adapter, as write_adapter says."""
+    old = folder / CONFIG
     same = old.is_file() and old.read_bytes() == text      # then at every moment there is a whole adapter
-    with whole_files(Path(directory), "an adapter", marks=[] if same else [CONFIG]) as folder:
-        (folder / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-        (folder / CONFIG).write_bytes(text)
+    with whole_files(folder, "an adapter", marks=[] if same else [CONFIG]) as part:
+        (part / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
+        (part / CONFIG).write_bytes(text)
 
 
 def leaves_of(entry: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -201,7 +215,7 @@ def read_config(path: Path, known: Collection[str] = ()) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON ({error}): save the adapter again") from None
     kind = found.get("peft_type") if isinstance(found, dict) else type(found).__name__
     if kind != "LORA":
-        raise ValueError(f'{path}: peft_type is {kind!r}, expected "LORA": adapters of other methods cannot be read')
+        raise ValueError(f'{path}: peft_type is {kind!r}, expected "LORA": only load_adapter reads some other methods')
     options = NEUTRAL | LACKING | OPTIONS | {key: value for key, value in found.items() if value is not None}
     for key, default in LACKING.items():
         if key not in known and options[key] != default and (options[key] or default):

@@ -1,0 +1,25 @@
+"""The other ways to adapt, one file each, under the protocol of lora/layer.py. Importing this registers them."""
+
+
+from .adalora import AdaLoRA, AdaLoraConfig
+from .adalora_budget import RankAllocator
+from .bitfit import BitFit, BitFitConfig
+from .dora import DoRA
+from .four_bit import FourBit
+from .full import FullConfig, FullFineTuning
+from .houlsby import Houlsby, HoulsbyConfig
+from .ia3 import IA3, IA3Config
+from .loha import LoHa, LoHaConfig
+from .lokr import LoKr, LoKrConfig
+from .lora_fa import LoRAFA, LoraFAConfig, LoRAFAdamW
+from .lora_plus import loraplus_groups
+from .qlora import loftq, quantise
+from .residual import MiLoRA, OLoRA, PiSSA
+from .sora import GateProx, SoRA, SoRAConfig
+from .vera import VeRA, VeraConfig
+from .vera_files import VeraFormat
+
+__all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "DoRA", "FourBit", "FullConfig", "FullFineTuning",
+           "GateProx", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa", "LoHaConfig", "LoKr", "LoKrConfig", "LoRAFA",
+           "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA", "PiSSA", "RankAllocator", "SoRA", "SoRAConfig", "VeRA",
+           "VeraConfig", "VeraFormat", "loftq", "loraplus_groups", "quantise"]

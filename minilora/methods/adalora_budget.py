@@ -1,0 +1,102 @@
+"""AdaLoRA's budget: which triplets (column of P, λ, row of Q) of all modules together stay switched on (arXiv:2303.10512)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..autograd import Tensor, matmul, sqrt
+from ..backend import array_module, device_of, to_device, to_host
+from ..lora import adapters_of
+from ..nn import Transformer
+from ..training.loop import as_dict
+from .adalora import AdaLoRA
+
+
+class RankAllocator:
+    """Cuts the budget of an AdaLoRA adapter during training.
+
+        allocator = RankAllocator(model)
+        train(model, batches, TrainConfig(...), loss=allocator.loss, callback=allocator.callback)
+
+    Sensitivity of an entry w:  I = |w ∂L/∂w|,  Ī ← β₁Ī + (1-β₁)I,  Ū ← β₂Ū + (1-β₂)|I - Ī|,  s(w) = Ī Ū.  A triplet scores
+    s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij), and the best b(t) of all keep their λ. Nothing is removed: a triplet that was
+    switched off may return, since its vectors stay and its λ goes on training.
+
+    ranks: (update, {module: rank}) of every choice. Raises ValueError if the adapter is not AdaLoRA.
+    """
+
+    def __init__(self, model: Transformer, name: str = "default") -> None:
+        self.config: Any = model.adapter_configs.get(name)
+        self.adapters: dict[str, Any] = {path: a for path, a in adapters_of(model, name).items() if isinstance(a, AdaLoRA)}
+        if not self.adapters:
+            raise ValueError(f"RankAllocator: adapter {name!r} is not AdaLoRA; add_adapter(model, AdaLoraConfig(...)) first")
+        self.averages: dict[tuple[str, str], tuple[Any, Any]] = {}         # (module, parameter) -> Ī, Ū
+        self.masks: dict[str, Any] = {}                    # module -> (r, 1), 1 where a triplet is on
+        self.ranks: list[tuple[int, dict[str, int]]] = []
+
+    def budget(self, step: int) -> int:
+        """b(t) = b₀ up to tinit, b_T from T - tfinal on, between them b_T + (b₀-b_T)(1 - (t-tinit)/(T-tfinal-tinit))³.
+
+        The paper prints t - tinit - tfinal in the numerator; only t - tinit, as in all code, is continuous.
+        """
+        c, modules = self.config, len(self.adapters)
+        start, end = c.init_r * modules, c.target_r * modules
+        if step <= c.tinit:
+            return start
+        left = max(0.0, 1.0 - (step - c.tinit) / (c.total_step - c.tfinal - c.tinit))
+        return int((start - end) * left**3 + end)
+
+    def loss(self, model: Transformer, batch: Any) -> Tensor:
+        """The model's mean cross-entropy plus γ R."""
+        inputs = dict(as_dict(batch))
+        loss = model.loss(inputs.pop("ids"), inputs.pop("targets"), **inputs)
+        return loss + self.orthogonality() * float(self.config.orth_reg_weight)
+
+    def orthogonality(self) -> Tensor:
+        """R: Σ (‖PᵀP - I‖²_F + ‖QQᵀ - I‖²_F) of the paper, or PEFT's mean of ‖·‖_F over all matrices."""
+        total: Any = 0.0
+        matrices = [m for a in self.adapters.values() for m in (a.lora_A, a.lora_B.T)]
+        for m in matrices:                                 # rows that should be orthonormal
+            off = matmul(m, m.T) - array_module(m.data).eye(m.shape[0], dtype=m.dtype)
+            square = (off * off).sum()
+            total = (square if self.config.orth_reg == "paper" else sqrt(square)) + total
+        return total if self.config.orth_reg == "paper" else total * (1.0 / len(matrices))
+
+    def callback(self, step: int, model: Any = None, history: Any = None) -> None:
+        """After update number `step` (from 1), with its gradients still in place: score, and choose when it is due."""
+        c, final = self.config, self.config.total_step - self.config.tfinal
+        if step < final:
+            self.score()
+        if step == final or (c.tinit < step < final and step % c.deltaT == 0):
+            self.choose(step)
+        elif step < final:
+            return
+        for path, mask in self.masks.items():
+            E = self.adapters[path].lora_E.data
+            E *= mask
+
+    def score(self) -> None:
+        """Take the gradients into the averages Ī and Ū."""
+        b1, b2 = float(self.config.beta1), float(self.config.beta2)
+        for path, adapter in self.adapters.items():
+            for name in ("lora_A", "lora_B", "lora_E"):
+                p = getattr(adapter, name)
+                now = abs(p.data * p.grad)
+                mean, spread = self.averages.get((path, name), (now * 0.0, now * 0.0))
+                mean = b1 * mean + (1.0 - b1) * now
+                self.averages[path, name] = mean, b2 * spread + (1.0 - b2) * abs(now - mean)
+
+    def choose(self, step: int) -> None:
+        """Switch on the b(t) triplets with the best scores. On a tie the earlier one stays, so the budget is met exactly."""
+        scores = []
+        for path in self.adapters:
+            A, B, E = (to_host(mean * spread) for mean, spread in (self.averages[path, f"lora_{m}"] for m in "ABE"))
+            scores.append(E[:, 0] + A.mean(axis=1) + B.mean(axis=0))
+        on = np.zeros(len(scores) * self.config.init_r)
+        on[np.argsort(-np.concatenate(scores), kind="stable")[: self.budget(step)]] = 1.0
+        for (path, adapter), own in zip(self.adapters.items(), np.split(on, len(scores)), strict=True):
+            E = adapter.lora_E.data
+            self.masks[path] = to_device(own[:, None].astype(E.dtype), device_of(E).name)
+        self.ranks.append((step, {path: int(to_host(mask).sum()) for path, mask in self.masks.items()}))
