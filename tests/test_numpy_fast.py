@@ -469,6 +469,7 @@ def blas_threads() -> list[int]:
 
 @pytest.fixture
 def blas_with_two_threads():
+    parallel._blas.cache_clear()           # an earlier test may have loaded another BLAS since: SciPy brings its own
     with threadpool_limits(2, user_api="blas"):
         if 2 not in blas_threads():
             pytest.skip("this BLAS cannot be told to use two threads")
