@@ -78,6 +78,6 @@ def answers(data: dict[str, Any]) -> Figure:
         right.set_ylim(0, 1.15)
         right.grid(False, axis="x")
         right.set_ylabel(f"share of {len(data['samples'])} greedy answers")
-        right.set_title("b   answers in the form that was asked for", loc="left")
+        right.set_title("b   answers in the form of the pairs", loc="left")
         figure.suptitle("SmolLM2-135M with LoRA: answer in JSON", fontsize=16, fontweight="bold")
     return figure

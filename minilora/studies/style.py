@@ -117,7 +117,7 @@ def table(report: dict[str, Any]) -> str:
         f"    {'':40}{'before':>9}{'after':>9}",
         f"    {'loss on held-out answers, nats a token':40}{before['loss']:>9.3f}{after['loss']:>9.3f}",
         f"    {'perplexity':40}{before['perplexity']:>9.2f}{after['perplexity']:>9.2f}",
-        f"    {'greedy answers that are such an object':40}{before['in_form']:>9.0%}{after['in_form']:>9.0%}"
+        f"    {'greedy answers with just the three keys':40}{before['in_form']:>9.0%}{after['in_form']:>9.0%}"
         f"   of {len(report['samples'])}",
         "",
         f"    {sample['prompt']}",
