@@ -128,10 +128,11 @@ def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], mod
     text = config_text(config, {path: (e["A"].shape[0], e["scale"]) for path, e in modules.items() if "A" in e},
                        {re.sub(r"^classifier\..*", "classifier", path)              # RoBERTa's has two layers
                         for path, e in modules.items() if "A" not in e}, target_modules)
-    contents = {WEIGHTS: safetensors.numpy.save(tensors, {"format": "pt"}), CONFIG: text}    same = (old := Path(directory, CONFIG)).is_file() and old.read_bytes() == text         # then an adapter is always there
+    weights = safetensors.numpy.save(tensors, {"format": "pt"})
+    same = (old := Path(directory, CONFIG)).is_file() and old.read_bytes() == text         # then an adapter is always there
     with whole_files(Path(directory), "an adapter", marks=[] if same else [CONFIG], stale=[NOTES]) as folder:
-        for file in contents if note else (WEIGHTS, CONFIG):
-            (folder / file).write_bytes(contents[file])
+        for file, content in ((WEIGHTS, weights), (CONFIG, text), *([(NOTES, note.encode())] if note else [])):
+            (folder / file).write_bytes(content)
 
 
 def leaves_of(entry: dict[str, Any]) -> dict[str, np.ndarray]:
