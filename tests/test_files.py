@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
 from minilora.backend import to_host
@@ -28,7 +29,7 @@ from minilora.lora import (
 from minilora.lora.files import load_adapter, read_adapter, save_adapter, write_adapter
 from minilora.lora.layer import METHODS
 from minilora.lora.lora import LoRA
-from minilora.lora.peft_format import CONFIG, WEIGHTS, read_safetensors
+from minilora.lora.peft_format import CONFIG, NOTES, WEIGHTS, read_safetensors
 from minilora.nn import Linear, Transformer, TransformerConfig
 from minilora.nn.names import export_state, import_state
 
@@ -98,7 +99,7 @@ def test_there_and_back(form, options, device, tmp_path):
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
     assert json.loads((tmp_path / "again" / CONFIG).read_text()) == \
         json.loads((tmp_path / CONFIG).read_text()) | {"init_lora_weights": True}
-    assert sorted(os.listdir(tmp_path)) == sorted([CONFIG, WEIGHTS, "again"])
+    assert set(os.listdir(tmp_path)) - {NOTES} == {CONFIG, WEIGHTS, "again"}
 
 
 @pytest.mark.parametrize("form", ["llama", "bert", "untyped"])
@@ -126,11 +127,27 @@ def test_files_speak_the_ecosystems_names(tmp_path):
         f"base_model.model.transformer.h.{i}.attn.{part}.weight": shape for i in (0, 1) for part, shape in shapes.items()}
     B = tensors["base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"].reshape(3, 12, 2, 3)
     assert B.any(axis=(1, 3)).tolist() == [[True, False], [False, False], [False, True]]        # of q, k, v: q and v only
+    assert (tmp_path / NOTES).read_text().splitlines() == [
+        f"transformer.h.{i}.attn.c_attn is layers.{i}.attn.q_proj, layers.{i}.attn.v_proj, each on its own rows"
+        for i in (0, 1)]
     assert config["peft_type"] == "LORA" and config["task_type"] == "CAUSAL_LM" and config["base_model_name_or_path"] == "gpt2"
     assert config["fan_in_fan_out"] is True and config["inference_mode"] is True and "module_names" not in config
     assert config["target_modules"] == [f"transformer.h.{i}.attn.{m}" for i in (0, 1) for m in ("c_attn", "c_proj")]
     assert (config["r"], config["rank_pattern"]) in [(6, {f"transformer.h.{i}.attn.c_proj": 3 for i in (0, 1)}),
                                                      (3, {f"transformer.h.{i}.attn.c_attn": 6 for i in (0, 1)})]
+
+
+def test_a_module_that_is_one_in_both_is_saved_as_it_is(tmp_path):
+    save_adapter(adapted_model(FORMS["gpt2"], target_modules=["q_proj"]), tmp_path)
+    model = adapted_model(FORMS["gpt2"], target_modules=["qkv_proj"])
+    save_adapter(model, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]   # the note of the old one is gone
+    with safe_open(tmp_path / WEIGHTS, "numpy") as file:
+        for i in (0, 1):
+            adapter = adapters_of(model)[f"layers.{i}.attn.qkv_proj"]
+            for leaf in ("lora_A", "lora_B"):
+                key = f"base_model.model.transformer.h.{i}.attn.c_attn.{leaf}.weight"
+                np.testing.assert_array_equal(file.get_tensor(key), to_host(getattr(adapter, leaf)))
 
 
 def test_an_untyped_model_says_whose_names_it_uses(tmp_path):

@@ -324,7 +324,7 @@ def test_generation_leaves_the_model_as_it_was(device):
     ((IDS, 1), {"attention_mask": MASK}, "pad on the left"),
     ((IDS, 1), {"attention_mask": np.array([[1, 0, 1, 1, 1, 1]] * 2)}, "pad on the left"),
     ((IDS, 1), {"attention_mask": np.zeros_like(IDS)}, "pad on the left"),
-    ((IDS, 1), {"attention_mask": MASK[:1]}, r"shape \(1, 6\) for a prompt of shape \(2, 6\)"),
+    ((IDS, 1), {"attention_mask": MASK[:1]}, r"shape \(1, 6\): expected \(2, 6\)"),
     ((IDS, 1), {"adapter_names": ["a", "__base__"]}, "no adapter named 'a'"),
 ])
 def test_what_generation_refuses(arguments, options, message):

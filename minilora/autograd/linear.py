@@ -115,8 +115,7 @@ class LoRALinear(Op):
             W_eff = kernels(x).add_products(W, [(block, s_B, a) for block, s_B, a in zip(self.blocks, sB, A, strict=True)])
             y = multiply(x2, W_eff, tb=True) if groups else kernels(x).linear(x2, W_eff, b)
         else:
-            y = product(rows(x), W, b)
-            y = y.reshape((*groups, -1, y.shape[-1]))
+            y = rows(product(rows(x), W, b), groups)
             U = [multiply(masked(x, m, groups), a, tb=True) for a, m in zip(A, self.masks, strict=True)]
             for u, s_B, block in zip(U, sB, self.blocks, strict=True):
                 y[..., block] += multiply(u, s_B, tb=True)

@@ -74,8 +74,9 @@ def save_adapter(model: Transformer, directory: str | os.PathLike[str], name: st
     The modules have the names of the architecture's files (`cfg.model_type`), so PEFT loads the folder unchanged; without a
     model_type they have our own paths, and the config says "module_names": "minilora". Where the files pack q, k and v into
     one module (GPT-2's c_attn), adapters on q_proj, k_proj and v_proj become one block-diagonal adapter, of the sum of their
-    ranks; where they keep them apart, an adapter on qkv_proj becomes three. A strength set by set_scale is folded into the
-    alphas, and into the values of modules saved whole. base_model: name or path of the base, for the config.
+    ranks; where they keep them apart, an adapter on qkv_proj becomes three. (A notes.txt beside the files says so.) A
+    strength set by set_scale is folded into the alphas, and into the values of modules saved whole. base_model: name or path
+    of the base, for the config.
 
     Raises KeyError without such an adapter, ValueError for one that is no LoRA, OSError if the folder cannot be written.
     """
@@ -99,8 +100,7 @@ def save_adapter(model: Transformer, directory: str | os.PathLike[str], name: st
             else:
                 raise ValueError(f"{path} has a {type(adapter).__name__}, whose update is no product s·B@A, so PEFT's LoRA "
                                  "files cannot hold it: take merge_and_unload(model) instead")
-    if model.cfg.model_type:
-        _pack_as_in_files(entries, layers, files)
+    note = _pack_as_in_files(entries, layers, files) if model.cfg.model_type else ""
     if nameless := entries.keys() - files.keys():
         raise ValueError(f"{min(nameless)} has no name of its own in the files of {model.cfg.model_type} models: leave it out "
                          "of target_modules and modules_to_save")
@@ -114,7 +114,8 @@ def save_adapter(model: Transformer, directory: str | os.PathLike[str], name: st
     own = {} if model.cfg.model_type else {"module_names": "minilora"}
     write_adapter(folder, config | own | {
         "task_type": TASKS[head] if model.cfg.causal or head != "lm" else None, "base_model_name_or_path": base_model,
-        "fan_in_fan_out": any(stored_transposed(model.cfg, f) for f in files.values())}, modules, shortest(targets, visible))
+        "fan_in_fan_out": any(stored_transposed(model.cfg, f) for f in files.values()),
+    }, modules, shortest(targets, visible), note)
 
 
 def wanted_modules(model: Transformer, options: dict[str, Any], files: dict[str, str]) -> tuple[set[str], set[str]]:
@@ -160,16 +161,21 @@ def _fitted(model: Transformer, file: str, layer: Any, entry: dict[str, Any]) ->
     return [value.T for value in values[::-1]] if entry.get("embedding") else values
 
 
-def _pack_as_in_files(entries: dict[str, Any], layers: dict[str, Any], files: dict[str, str]) -> None:
-    """Change the entries of q, k and v to the modules that the files have: one that is packed, or three."""
+def _pack_as_in_files(entries: dict[str, Any], layers: dict[str, Any], files: dict[str, str]) -> str:
+    """Change the entries of q, k and v to the modules that the files have, one that is packed, or three; and say so."""
+    said = []
     for path in [path for path, layer in layers.items() if isinstance(layer, PackedLinear)]:
         parts = zip(("qkv_proj", *layers[path].sizes), layers[path].parts(), strict=True)
         rows = {path.removesuffix("qkv_proj") + block_name: block for block_name, (block, _) in parts}
         held = {p: (block, entries.pop(p)) for p, block in rows.items() if "A" in entries.get(p, ())}
-        for target in rows.keys() & files.keys():
-            inside = [(block, entry) for block, entry in held.values() if len(_overlap(block, rows[target]))]
-            if inside:
-                entries[target] = inside[0][1] if held.keys() == {target} else _stacked(rows[target], inside)
+        for target in sorted(rows.keys() & files.keys()):
+            inside = {p: term for p, term in held.items() if len(_overlap(term[0], rows[target]))}
+            if inside.keys() == {target}:
+                entries[target] = held[target][1]
+            elif inside:
+                entries[target] = _stacked(rows[target], list(inside.values()))
+                said.append(f"{files[target]} is {', '.join(inside)}, each on its own rows")
+    return "\n".join(said)
 
 
 def _stacked(rows: slice, terms: list[tuple[slice, dict[str, Any]]]) -> dict[str, Any]:

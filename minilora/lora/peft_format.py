@@ -25,7 +25,7 @@ import safetensors.numpy
 from ..backend.files import whole_files
 from .config import LoraConfig
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+CONFIG, WEIGHTS, NOTES, PREFIX = "adapter_config.json", "adapter_model.safetensors", "notes.txt", "base_model.model."
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 LEAVES = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", "weight", "bias",
           "base_layer.weight", "base_layer.bias")
@@ -61,12 +61,11 @@ def _list_of(kind: type, value: Any) -> bool:
 
 
 FORMS = {                                                  # what the value must be, where LoraConfig does not check it
-    "lora_alpha": (_number, "a number"),
-    "lora_dropout": (_number, "a number"),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), (_number, "a number")),
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
     "init_lora_weights": (lambda v: isinstance(v, (bool, str)), "true, false or a name"),
-    "target_modules": (lambda v: isinstance(v, str) or _list_of(str, v), "a regex or a list of names"),
-    "exclude_modules": (lambda v: isinstance(v, str) or _list_of(str, v), "a regex or a list of names"),
+    **dict.fromkeys(("target_modules", "exclude_modules"),
+                    (lambda v: isinstance(v, str) or _list_of(str, v), "a regex or a list of names")),
     "rank_pattern": (lambda v: isinstance(v, dict), "an object of names and ranks"),
     "alpha_pattern": (lambda v: isinstance(v, dict) and all(map(_number, v.values())), "an object of names and numbers"),
     "modules_to_save": (lambda v: _list_of(str, v), "a list of names"),
@@ -125,12 +124,12 @@ def modules_of(path: Path, keys: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], modules: dict[str, dict[str, Any]],
-                  target_modules: list[str] | None = None) -> None:
+                  target_modules: list[str] | None = None, note: str = "") -> None:
     """Write a folder that PEFT and read_adapter read: `modules` as read_adapter returns them, and a config for the rest.
 
     Ranks, alphas, modules_to_save and targets are those of the modules. target_modules: a shorter way to say these targets
-    than by their whole paths. An interrupted write leaves the old adapter or none. Raises ValueError without a low-rank
-    module, OSError if the folder cannot be written.
+    than by their whole paths. note: what a reader of the folder should know, for notes.txt. An interrupted write leaves the
+    old adapter or none. Raises ValueError without a low-rank module, OSError if the folder cannot be written.
     """
     tensors = dict[str, np.ndarray]()
     for path, entry in modules.items():
@@ -138,16 +137,17 @@ def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], mod
     text = config_text(config, {path: (e["A"].shape[0], e["scale"]) for path, e in modules.items() if "A" in e},
                        {re.sub(r"^classifier\..*", "classifier", path)              # RoBERTa's has two layers
                         for path, e in modules.items() if "A" not in e}, target_modules)
-    write_folder(Path(directory), tensors, text)
+    write_folder(Path(directory), tensors, text, note)
 
 
-def write_folder(folder: Path, tensors: dict[str, np.ndarray], text: bytes) -> None:
-    """Write the two files of an adapter, as write_adapter says."""
-    old = folder / CONFIG
-    same = old.is_file() and old.read_bytes() == text      # then at every moment there is a whole adapter
-    with whole_files(folder, "an adapter", marks=[] if same else [CONFIG]) as part:
-        (part / WEIGHTS).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
-        (part / CONFIG).write_bytes(text)
+def write_folder(folder: Path, tensors: dict[str, np.ndarray], text: bytes, note: str = "") -> None:
+    """Write the files of an adapter, as write_adapter says."""
+    contents = {CONFIG: text} | ({NOTES: note.encode()} if note else {})
+    contents[WEIGHTS] = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    same = (old := folder / CONFIG).is_file() and old.read_bytes() == text         # then an adapter is always there
+    with whole_files(folder, "an adapter", marks=[] if same else [CONFIG], stale=[NOTES]) as part:
+        for file, content in contents.items():
+            (part / file).write_bytes(content)
 
 
 def leaves_of(entry: dict[str, Any]) -> dict[str, np.ndarray]:

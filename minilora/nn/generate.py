@@ -39,7 +39,7 @@ def stream(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask:
            top_p: float | None = None, eos_token_id: int | None = None, seed: int = 0) -> Iterator[np.ndarray]:
     """As `generate`, but yields the tokens (B,) as they come."""
     ids = np.asarray(to_host(ids))
-    mask = None if attention_mask is None else np.asarray(to_host(attention_mask)) != 0
+    mask: Any = None if attention_mask is None else np.asarray(to_host(attention_mask)) != 0
     if not model.cfg.causal or model.cfg.head != "lm":
         raise ValueError("generate needs a causal model with a language-modelling head; this one is "
                          f"causal={model.cfg.causal}, head={model.cfg.head!r}")
@@ -47,19 +47,16 @@ def stream(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask:
         raise ValueError(f"prompt of shape {ids.shape} plus {max_new_tokens} new tokens: expected (B, T) with T + new at most "
                          f"max_len = {model.cfg.max_len}")
     if mask is not None and (mask.shape != ids.shape or not mask[:, -1:].all() or (mask[:, :-1] > mask[:, 1:]).any()):
-        raise ValueError(f"attention_mask of shape {mask.shape} for a prompt of shape {ids.shape}: expected the same shape, "
-                         "and 0 only to the left of each row's tokens: pad on the left")
+        raise ValueError(f"attention_mask of shape {mask.shape}: expected {ids.shape}, 0 only before a row: pad on the left")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected temperature >= 0, top_k >= 1, "
                          "0 < top_p <= 1")
     rng, cache, training = host_rng(seed), model.new_cache(), model.training
-    finished = np.zeros(len(ids), dtype=bool)
+    finished, moved = np.zeros(len(ids), dtype=bool), mask is not None and model.pos_embed is not None
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            places = None
-            if mask is not None and model.pos_embed is not None:                   # a row's first token is at position 0
-                places = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
+            places = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :] if moved else None
             with no_grad():
                 output = model(ids, cache=cache, attention_mask=mask, position_ids=places, adapter_names=adapter_names)
                 logits = to_host(output[:, -1].data)                               # (B, V)

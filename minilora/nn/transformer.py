@@ -112,8 +112,7 @@ class Transformer(Module):
         run = Run(self._key_mask(attention_mask, (shape[0], start + T)), start, cache)
         x = self.embed(to_host(ids))                               # checked there, on the host, once
         if self.pos_embed is not None:
-            places = self.positions(to_host(ids), start) if position_ids is None else to_host(position_ids)
-            x = x + self.pos_embed(places)                                                            # (1 or B, T, D)
+            x = x + self.pos_embed(self.positions(to_host(ids), start) if position_ids is None else to_host(position_ids))
         if self.type_embed is not None:
             types = np.zeros(shape, np.int64) if token_type_ids is None else token_type_ids
             x = x + self.type_embed(to_host(types))

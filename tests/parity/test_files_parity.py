@@ -120,6 +120,21 @@ def test_separate_q_k_v_become_one_block_diagonal_c_attn(strength, tmp_path, rng
     assert [adapters_of(again)[f"layers.{i}.attn.qkv_proj"].lora_A.shape[0] for i in range(2)] == [5, 7]
 
 
+def test_an_adapter_on_qkv_proj_alone_keeps_its_rank(tmp_path, rng):
+    ours, theirs = twins("gpt2")
+    add_adapter(ours, LoraConfig(r=3, lora_alpha=5, target_modules=["qkv_proj"], rank_pattern={"layers.1.attn.qkv_proj": 2}))
+    randomised(ours, rng)
+    save_adapter(ours, tmp_path)
+    wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    ids = rng.integers(1, ours.cfg.vocab_size, (2, 7))
+    close(logits_of(wrapped, ids).detach().numpy(), ours(ids).data, 1e-10)
+    ranks = [len(p) for key, p in wrapped.named_parameters() if key.endswith("c_attn.lora_A.default.weight")]
+    again, _ = twins("gpt2")
+    load_adapter(again, tmp_path)
+    close(again(ids).data, ours(ids).data, 1e-12)
+    assert ranks == [adapters_of(again)[f"layers.{i}.attn.qkv_proj"].lora_A.shape[0] for i in range(2)] == [3, 2]
+
+
 @pytest.mark.parametrize("name", ["llama", "bert-token", "gpt2"])
 def test_an_adapter_on_the_packed_qkv(name, tmp_path, rng):
     """On Llama and BERT it becomes three; beside one on q_proj, both are stacked."""
