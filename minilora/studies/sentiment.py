@@ -37,7 +37,8 @@ FULL = {"lr": 4e-3, "epochs": 3.0}
 SIZES = {
     "quick": [Part("Rotten Tomatoes", "rotten_tomatoes", 120, 40, 64, {"steps": 8, "lr": 4e-3}),
               Part("IMDB", "imdb", 24, 16, 64, {"steps": 3, "lr": 4e-3, "batch": 8})],
-    "default": [Part("Rotten Tomatoes", "rotten_tomatoes", 4000, 1000, 128, FULL)],
+    "default": [Part("Rotten Tomatoes", "rotten_tomatoes", 4000, 1000, 128, FULL),
+                Part("IMDB", "imdb", 1000, 500, 256, {"lr": 4e-3, "epochs": 1.0})],
     "full": [Part("Rotten Tomatoes", "rotten_tomatoes", 4000, 1000, 128, FULL),
              Part("IMDB", "imdb", 4000, 1000, 256, {"lr": 4e-3, "epochs": 1.0})],
 }
