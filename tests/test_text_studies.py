@@ -101,8 +101,11 @@ def test_the_update_of_full_fine_tuning_is_the_difference_of_the_weights():
 def test_the_verdicts_follow_the_numbers():
     loss = {"A random, B = 0": 1.0, "B random, A = 0": 1.1, "B's rate 4 times A's": 0.9, "B's rate 16 times A's": 1.2,
             "both random": 1.3}
-    rows = [{"start": name, "loss_mean": value, "first": 3.0 if name == "both random" else 2.0} for name, value in loss.items()]
+    rows = [{"start": name, "loss_mean": value, "loss_sd": 0.01, "first": 3.0 if name == "both random" else 2.0}
+            for name, value in loss.items()]
     assert [claim["agrees"] for claim in init.verdict(rows)] == [True, True, True]
+    wide_spread = [row | {"loss_sd": 0.2} for row in rows]
+    assert [claim["agrees"] for claim in init.verdict(wide_spread)] == [False, False, True]
     for row in rows:
         row |= {"loss_mean": -row["loss_mean"], "first": -row["first"]}
     assert [init.verdict(rows)[i]["agrees"] for i in (0, 2)] == [False, False]

@@ -104,14 +104,15 @@ def init(data: dict[str, Any]) -> Figure:
     styles = ["-", DASHED, "-.", "-", ":", DASHED, "-."]
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), layout="constrained", width_ratios=(3, 2))
+        low = min(min(row["curve"]) for row in rows)
         for row, colour, style in zip(rows, colours, styles):
+            above = ", above the picture" if min(row["curve"][1:]) > -0.6 * low else ""
             left.plot(np.arange(1, len(row["curve"]) + 1), row["curve"], color=colour, linestyle=style,
-                      label=f"{row['start']} (rate {row['lr']:g})")
+                      label=f"{row['start']} (rate {row['lr']:g}{above})")
         left.axhline(0.0, color=GREY, linestyle=(0, (1, 1)), label="frozen base")
         left.set_xlabel("step")
-        left.set_ylabel("loss minus the base's on the same batch,\nnats per byte")
+        left.set_ylabel("loss minus the base's, nats per byte")
         left.set_title("a   the first steps, each start at its best rate", loc="left")
-        low = min(min(row["curve"]) for row in rows)
         left.set_ylim(1.08 * low, -0.6 * low)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         for i, (row, colour) in enumerate(zip(rows, colours)):
