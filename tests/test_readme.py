@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from minilora.studies import STUDIES
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -37,6 +39,15 @@ def test_every_path_of_the_table_exists():
 @pytest.mark.parametrize("name, path", re.findall(r"`(\w+/\w+\.py)`, `(?:\w+\.)?(\w+)`", README))
 def test_every_name_of_the_table_is_in_its_file(name, path):
     assert re.search(rf"(def|class) {path}\b", (ROOT / "minilora" / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in ("rank-quality", "sentiment", "entities", "style")])
+def test_the_studies_hold_what_the_table_says(name):
+    """The row of a study: a link to its figure, and how many of its claims hold in the committed numbers."""
+    stem = name.replace("-", "_")
+    verdict = json.loads((ROOT / "figures" / f"{stem}.json").read_text())["verdict"]
+    row = next(line for line in README.splitlines() if line.startswith(f"| [`{name}`](figures/{stem}.png)"))
+    assert row.rstrip(" |").endswith(f"{sum(claim['agrees'] for claim in verdict)} of {len(verdict)}")
 
 
 def test_links_and_folders_exist():

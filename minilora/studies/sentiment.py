@@ -33,14 +33,16 @@ class Part:
     settings: dict[str, Any]
 
 
-FULL = {"lr": 4e-3, "epochs": 3.0}
+# One epoch: training at this rate multiplies differences of rounding by e every 15 updates or so, from 1e-7 at the start. Within
+# 250 updates both sides stay at one solution; after 750 they are at two, as good as each other, with 88 % of predictions equal.
+FULL = {"lr": 4e-3, "epochs": 1.0}
 SIZES = {
     "quick": [Part("Rotten Tomatoes", "rotten_tomatoes", 120, 40, 64, {"steps": 8, "lr": 4e-3}),
               Part("IMDB", "imdb", 24, 16, 64, {"steps": 3, "lr": 4e-3, "batch": 8})],
     "default": [Part("Rotten Tomatoes", "rotten_tomatoes", 4000, 1000, 128, FULL),
-                Part("IMDB", "imdb", 1000, 500, 256, {"lr": 4e-3, "epochs": 1.0})],
+                Part("IMDB", "imdb", 1000, 500, 256, FULL)],
     "full": [Part("Rotten Tomatoes", "rotten_tomatoes", 4000, 1000, 128, FULL),
-             Part("IMDB", "imdb", 4000, 1000, 256, {"lr": 4e-3, "epochs": 1.0})],
+             Part("IMDB", "imdb", 4000, 1000, 256, FULL)],
 }
 
 
