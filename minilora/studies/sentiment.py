@@ -33,8 +33,8 @@ class Part:
     settings: dict[str, Any]
 
 
-# One epoch: training at this rate multiplies differences of rounding by e every 15 updates or so, from 1e-7 at the start. Within
-# 250 updates both sides stay at one solution; after 750 they are at two, as good as each other, with 88 % of predictions equal.
+# One epoch: training at this rate multiplies differences of rounding by e every 15 updates or so, from 1e-7 at the start. For
+# 250 updates both sides stay at one solution; after 750 they are at two, equally good, and 88 % of their predictions agree.
 FULL = {"lr": 4e-3, "epochs": 1.0}
 SIZES = {
     "quick": [Part("Rotten Tomatoes", "rotten_tomatoes", 120, 40, 64, {"steps": 8, "lr": 4e-3}),
