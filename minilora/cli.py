@@ -209,8 +209,7 @@ def _study(args: argparse.Namespace) -> None:
         return
     if args.name not in STUDIES:
         raise ValueError(f"unknown study {args.name!r}: expected one of {', '.join(STUDIES)}")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: expected a whole number of at least 0")
+    _seed(args)
     if args.seeds is not None and args.seeds < 1:
         raise ValueError(f"--seeds {args.seeds}: expected a whole number of at least 1")
     study = STUDIES[args.name]
@@ -241,6 +240,7 @@ def _analyze(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    _seed(args)
     model, tokenizer = load_pretrained(args.model)
     if args.adapter is not None:
         load_adapter(model, args.adapter)
@@ -299,6 +299,11 @@ def _verify(args: argparse.Namespace) -> int:
     report = reference.verify(args.directory, args.theirs)
     _print(report, args)
     return 0 if report.passed else 1
+
+
+def _seed(args: argparse.Namespace) -> None:
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: expected a whole number of at least 0")
 
 
 def _print(report: Any, args: argparse.Namespace) -> None:

@@ -22,12 +22,14 @@ from .report import FinetuneReport
 CHECKPOINT, RUN, FACTS, REPORT, CARD = "checkpoint", "run.json", "minilora.json", "report.json", "README.md"
 
 
-def usable(folder: Path, force: bool) -> Path:
-    """The folder, if a run may begin or go on in it; nothing is made yet.
+def usable(folder: Path, force: bool, base: Path) -> Path:
+    """The folder, if a run on this base may begin or go on in it; nothing is made yet.
 
-    Raises ValueError for a file, one that cannot be written, or one that holds something else than an unfinished run (without
-    force).
+    Raises ValueError for a file, one that cannot be written, the base's own, whose weights would be replaced, or one that holds
+    something else than an unfinished run (without force).
     """
+    if base.exists() and folder.resolve() == (base.parent if base.is_file() else base).resolve():
+        raise ValueError(f"the output {folder} holds the base {base}: give another folder, or the base would be replaced")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the output {folder} is a file, expected a folder: give another name")
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())

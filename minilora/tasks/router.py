@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from ..lora.files import load_adapter
 from ..nn import Transformer, generate
 from ..pretrained import Tokenizer
 from ..pretrained.text import pieces, prompt_ids
+from ..training.loop import in_mode
 
 BASE = "__base__"                                          # PEFT's name for no adapter
 METHODS = ("centroid", "logistic")
@@ -89,7 +89,7 @@ class Router:
         names = self._checked(texts, names) if names is not None else self.route(texts)
         found: list[Any] = [None] * len(texts)
         for rows, ids, mask in batches(self.model, self.tokenizer, texts, batch_size):
-            with no_grad(), evaluating(self.model):
+            with no_grad(), in_mode(self.model, False):
                 out = to_host(self.model(ids, attention_mask=mask, adapter_names=[names[i] for i in rows]))
             for i, row, length in zip(rows, out, mask.sum(axis=1), strict=True):
                 found[i] = (row if self.model.cfg.head == "sequence" else row[:length]).copy()
@@ -139,10 +139,15 @@ class Centroids:
 def keywords(words: Mapping[str, Sequence[str]], default: str = BASE) -> Callable[[str], str]:
     """A rule: the first adapter of `words` (name -> words) of which a text has a word, in whatever case; else `default`.
 
+    Raises ValueError for a name without words, and for an empty word, which every text would have.
+
     >>> rule = keywords({"sql": ["select", "table"], "poem": ["rose"]})
     >>> rule("SELECT a rose"), rule("A rose."), rule("unselected")
     ('sql', 'poem', '__base__')
     """
+    for name, some in words.items():
+        if isinstance(some, str) or not all(some) or not some:
+            raise ValueError(f"the words of {name!r} are {some!r}, expected a list of at least one word, none of them empty")
     patterns = {name: re.compile(rf"(?<!\w)({'|'.join(map(re.escape, some))})(?!\w)", re.IGNORECASE)
                 for name, some in words.items()}
     return lambda text: next((name for name, pattern in patterns.items() if pattern.search(text)), default)
@@ -155,7 +160,7 @@ def embed_texts(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], 
     """
     found = np.zeros((len(texts), model.cfg.d_model))
     for rows, ids, mask in batches(model, tokenizer, texts, batch_size):
-        with no_grad(), evaluating(model), disable_adapter(model):
+        with no_grad(), in_mode(model, False), disable_adapter(model):
             hidden = to_host(model.hidden(ids, attention_mask=mask)).astype(np.float64)                  # (B, T, D)
         found[rows] = (hidden * mask[..., None]).sum(axis=1) / mask.sum(axis=1)[:, None]
     return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-30)
@@ -180,17 +185,6 @@ def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]
         raise ValueError(f"batch_size = {batch_size}, expected at least 1")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-@contextmanager
-def evaluating(model: Transformer) -> Iterator[None]:
-    """Inside this block dropout is off."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _fits(model: Transformer, rows: Sequence[Sequence[int]], new: int = 0) -> None:
