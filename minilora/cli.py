@@ -85,7 +85,7 @@ def _analyze_verb(verbs: Any) -> None:
     analysis = _verb(verbs, "analyze", _analyze, "singular values and ranks of an adapter, and what it does to its base",
                      "minilora analyze my-adapter --base llama-1b --figure report.png")
     analysis.add_argument("directory", help="a folder with adapter_config.json and adapter_model.safetensors")
-    analysis.add_argument("--base", metavar="DIR", help="the base's folder: adds relative norms, amplification and intruders")
+    analysis.add_argument("--base", metavar="DIR", help="a folder or name: relative norms, amplification and intruders too")
     analysis.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw ranks and spectra, with a base all of it")
     _json(analysis)
 
@@ -110,7 +110,7 @@ def _file_verbs(verbs: Any) -> None:
     """The verbs that work on folders of any model, without its code."""
     merge = _verb(verbs, "merge", _merge, "write a checkpoint with an adapter merged in, and measure what rounding kept",
                   "minilora merge llama-7b my-adapter -o merged")
-    merge.add_argument("base", help="a folder with model.safetensors, or shards and their index")
+    merge.add_argument("base", help="a folder with model.safetensors, or shards and their index; or a hub id, or minilm-l6")
     merge.add_argument("directory", help="the adapter's folder")
     merge.add_argument("--untie", action="store_true", help="give a tied head a tensor of its own")
 

@@ -13,7 +13,7 @@ from minilora.cli import main
 from minilora.data import label_names, read_labelled, read_passages, split
 from minilora.nn.generate import choose
 from minilora.pretrained import Tokenizer
-from minilora.tasks import finetune, keywords, load, predict
+from minilora.tasks import Run, finetune, keywords, load, predict
 from minilora.tasks.encode import Encoder
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -110,6 +110,19 @@ def test_the_base_is_never_the_output(bert, llama, reviews, capsys):
     assert {path.name: path.read_bytes() for path in bert.iterdir()} == before
 
 
+def test_a_base_may_be_named(bert, reviews, tmp_path, monkeypatch):
+    """The base that a name means is the one that finetune, merge and analyze work on."""
+    monkeypatch.setattr("minilora.pretrained.hub._from_hub", lambda name: bert)
+    finetune("some/base", reviews, "sentiment", out=tmp_path / "out", steps=1, progress=False)
+    assert ml.analyze(tmp_path / "out", "some/base").to_dict() == ml.analyze(tmp_path / "out", bert).to_dict()
+    ml.merge_checkpoint("some/base", tmp_path / "out", tmp_path / "named")
+    ml.merge_checkpoint(bert, tmp_path / "out", tmp_path / "merged")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "named" / name).read_bytes() == (tmp_path / "merged" / name).read_bytes()
+    with pytest.raises(FileNotFoundError, match="is not a path"):
+        ml.merge_checkpoint("nothing", tmp_path / "out", tmp_path / "none")
+
+
 def test_a_run_that_went_astray_is_not_saved(bert, reviews, tmp_path):
     with np.errstate(all="ignore"), pytest.raises(FloatingPointError, match="nothing is saved; lower the learning rate"):
         finetune(bert, reviews, "sentiment", out=tmp_path / "out", steps=1, lr=1e39, schedule="constant", warmup=0,
@@ -117,11 +130,29 @@ def test_a_run_that_went_astray_is_not_saved(bert, reviews, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint"]
 
 
+def test_what_an_unfinished_run_has_else_is_named(bert, reviews, tmp_path, monkeypatch):
+    out, options = tmp_path / "out", {"steps": 3, "progress": False}
+
+    def stop(run, i):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "batches", stop)
+        finetune(bert, reviews, "sentiment", out=out, lr=1e-3, **options)
+    with pytest.raises(ValueError, match=r"another lr: got 0.001, this run has 0.01: repeat .*, or force") as caught:
+        finetune(bert, reviews, "sentiment", out=out, lr=1e-2, **options)
+    assert "dropout" not in str(caught.value)                          # the settings that are equal are not listed
+    (out / "checkpoint" / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run.json is damaged, expected the state of an unfinished run: give another folder"):
+        finetune(bert, reviews, "sentiment", out=out, lr=1e-3, **options)
+    assert finetune(bert, reviews, "sentiment", out=out, lr=1e-3, force=True, **options).out == str(out)
+
+
 @pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
 def test_alpha_is_finite(bert, reviews, tmp_path, alpha):
-    with pytest.raises(ValueError, match=f"alpha lora_alpha = {alpha}: expected a finite number"):
+    with pytest.raises(ValueError, match=f"lora_alpha = {alpha}, .*: expected finite numbers"):
         finetune(bert, reviews, "sentiment", out=tmp_path / "out", steps=1, lora_alpha=alpha, progress=False)
-    with pytest.raises(ValueError, match="alpha q_proj"):
+    with pytest.raises(ValueError, match="expected finite numbers"):
         ml.LoraConfig(alpha_pattern={"q_proj": alpha})
     assert not (tmp_path / "out").exists()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -49,7 +48,7 @@ def stream(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask:
                          f"max_len = {model.cfg.max_len}")
     if mask is not None and (mask.shape != ids.shape or not mask[:, -1:].all() or (mask[:, :-1] > mask[:, 1:]).any()):
         raise ValueError(f"attention_mask of shape {mask.shape}: expected {ids.shape}, 0 only before a row: pad on the left")
-    if not 0 <= temperature < math.inf or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+    if not 0 <= temperature < np.inf or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected a finite temperature >= 0, "
                          "top_k >= 1, 0 < top_p <= 1")
     rng, cache, training = host_rng(seed), model.new_cache(), model.training
@@ -79,15 +78,12 @@ def choose(logits: np.ndarray, temperature: float, top_k: int | None, top_p: flo
     """One token for each row of host logits (B, V), as `generate` describes."""
     if temperature == 0:
         return logits.argmax(axis=-1)
-    logits = logits.astype(np.float64)
     order = np.argsort(-logits, axis=-1, kind="stable")                            # likeliest first
-    ranked = np.take_along_axis(logits, order, axis=-1)
-    with np.errstate(over="ignore"):                                               # a tiny temperature: -inf, probability 0
-        p = np.exp((ranked - ranked[:, :1]) / temperature)
-    p /= p.sum(axis=-1, keepdims=True)
+    ranked = np.take_along_axis(logits, order, axis=-1).astype(np.float64)
+    p = np.exp((ranked - ranked[:, :1]) / max(temperature, 1e-200))                # below it the quotient may overflow
     if top_k is not None:
         p[:, top_k:] = 0.0
-        p /= p.sum(axis=-1, keepdims=True)
+    p /= p.sum(axis=-1, keepdims=True)
     if top_p is not None:
         p[np.cumsum(p, axis=-1) - p >= top_p] = 0.0                                # keep the token that crosses top_p
     cumulative = np.cumsum(p, axis=-1)

@@ -52,18 +52,24 @@ def begin(folder: Path, facts: dict[str, Any], force: bool) -> dict[str, Any] | 
         return None
     try:
         saved = read_object(path)
-        own = json.loads(json.dumps(facts))
-        different = next((key for key in own if saved["facts"].get(key) != own[key]), None)
-        if different is None:
-            return dict(saved["before"])
-        got, expected = saved["facts"].get(different), own[different]
+        before, old, own = dict(saved["before"]), _flat(saved["facts"]), _flat(json.loads(json.dumps(facts)))
     except (ValueError, LookupError, TypeError, AttributeError):
-        different, got, expected = "a damaged state", "nothing", "that of this run"
+        what = f"{path} is damaged, expected the state of an unfinished run"
+    else:
+        different = next((key for key in own if old.get(key) != own[key]), None)
+        if different is None:
+            return before
+        what = (f"{folder} holds an unfinished run with another {different}: got {old.get(different)!r}, this run has "
+                f"{own[different]!r}: repeat the call of that run to finish it")
     if not force:
-        raise ValueError(f"{folder} holds an unfinished run with another {different}: got {got!r}, this run has {expected!r}: "
-                         "repeat the call of that run to finish it, give another folder, or force to begin anew (--force)")
+        raise ValueError(f"{what}: give another folder, or force to begin anew (--force)")
     shutil.rmtree(folder / CHECKPOINT)
     return None
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts with each of the settings by its own name."""
+    return {**facts["settings"], **{name: value for name, value in facts.items() if name != "settings"}}
 
 
 def remember(folder: Path, facts: dict[str, Any], before: dict[str, Any]) -> None:
