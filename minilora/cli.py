@@ -279,7 +279,7 @@ def _finetune(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    texts = args.texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    texts = args.texts or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     found = tasks.predict(args.directory, texts, base=args.base)
     if args.json:
         print(json.dumps([vars(each) if isinstance(each, tasks.Prediction) else each for each in found]))

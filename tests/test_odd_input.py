@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from minilora.cli import main
 from minilora.data import label_names, read_labelled, read_passages, split
 from minilora.nn.generate import choose
 from minilora.pretrained import Tokenizer
-from minilora.tasks import Run, finetune, keywords, load, predict
+from minilora.tasks import Router, Run, finetune, keywords, load, predict
 from minilora.tasks.encode import Encoder
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -169,6 +170,8 @@ def test_every_word_of_a_sentence_is_tagged_or_none(bert, tmp_path):
     assert len(predictor.predict(["aa bb cc dd ee ff gg hh"])[0]) == 8      # 23 characters, 24 fit
     with pytest.raises(ValueError, match="input 1 has 9 words, expected at most 24 tokens"):
         predictor.predict(["aa", "aa bb cc dd ee ff gg hh ii"])
+    with pytest.raises(ValueError, match="word 1 is 3, expected at least one character"):
+        predictor.predict([["aa", 3]])
 
 
 def test_a_continuation_takes_the_room_there_is(llama, tmp_path, capsys):
@@ -179,6 +182,16 @@ def test_a_continuation_takes_the_room_there_is(llama, tmp_path, capsys):
     assert "24 tokens and at least 1 new ones are wanted, expected at most 24 together" in capsys.readouterr().err
     with pytest.raises(ValueError, match="input 0 is empty"):
         predict(tmp_path / "out", [""])
+
+
+def test_lines_of_standard_input(bert, reviews, tmp_path, capsys, monkeypatch):
+    finetune(bert, reviews, "sentiment", out=tmp_path / "out", steps=1, progress=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO("good\r\n\r\nbad\n", newline="\n"))
+    assert main(["predict", str(tmp_path / "out")]) == 0
+    assert [line.split("\t")[2] for line in capsys.readouterr().out.split("\n")[:-1]] == ["good", "bad"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(b"good\xff".decode("utf-8", "surrogateescape")))     # as a C locale reads it
+    assert main(["predict", str(tmp_path / "out")]) == 2
+    assert "got 'good\\udcff', expected a text of whole characters" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"id2label": {"0": "a", "1": "a"}}, {"task": ["sentiment"]}])
@@ -205,6 +218,14 @@ def test_temperatures_at_the_edge(llama):
 def test_a_seed_is_not_negative(llama, capsys):
     assert main(["generate", str(llama), "--prompt", "a", "--seed", "-1"]) == 2
     assert "--seed -1: expected a whole number of at least 0" in capsys.readouterr().err
+
+
+def test_every_batch_of_a_router_draws_its_own_numbers(llama):
+    router = Router(*ml.load_pretrained(llama))
+    texts = ["a"] * 6
+    found = router.generate(texts, ["__base__"] * 6, max_new_tokens=12, batch_size=1, temperature=2.0, seed=3)
+    assert len(set(found)) == 6                            # and not six times the draws of one seed
+    assert router.generate(texts, ["__base__"] * 6, max_new_tokens=12, batch_size=1, temperature=2.0, seed=3) == found
 
 
 @pytest.mark.parametrize("words", [[], [""], ["a", ""], "sql"])

@@ -12,9 +12,9 @@ from ..backend import host_rng, to_host
 from .transformer import Transformer
 
 
-def generate(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask: Any = None,
-             adapter_names: Sequence[str] | None = None, temperature: float = 0.0, top_k: int | None = None,
-             top_p: float | None = None, eos_token_id: int | None = None, seed: int = 0) -> np.ndarray:
+def generate(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask: Any = None, temperature: float = 0.0,
+             adapter_names: Sequence[str] | None = None, top_k: int | None = None, top_p: float | None = None,
+             eos_token_id: int | None = None, seed: int | np.random.Generator = 0) -> np.ndarray:
     """Continue prompts ids (B, T) by up to max_new_tokens: (B, T + new) token ids on the host, prompt included.
 
     attention_mask (B, T): 0 at the padding on the left of prompts that are shorter (data/padding.py makes both); each row then
@@ -34,9 +34,9 @@ def generate(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mas
     return np.concatenate([np.asarray(to_host(ids), dtype=np.int64), *new], axis=1)
 
 
-def stream(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask: Any = None,
-           adapter_names: Sequence[str] | None = None, temperature: float = 0.0, top_k: int | None = None,
-           top_p: float | None = None, eos_token_id: int | None = None, seed: int = 0) -> Iterator[np.ndarray]:
+def stream(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask: Any = None, temperature: float = 0.0,
+           adapter_names: Sequence[str] | None = None, top_k: int | None = None, top_p: float | None = None,
+           eos_token_id: int | None = None, seed: int | np.random.Generator = 0) -> Iterator[np.ndarray]:
     """As `generate`, but yields the tokens (B,) as they come."""
     ids = np.asarray(to_host(ids))
     mask: Any = None if attention_mask is None else np.asarray(to_host(attention_mask)) != 0

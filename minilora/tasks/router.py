@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..autograd import no_grad
-from ..backend import to_host
+from ..backend import host_rng, to_host
 from ..data import left_padded
 from ..lora import adapter_names, disable_adapter
 from ..lora.files import load_adapter
@@ -23,6 +23,7 @@ from ..nn import Transformer, generate
 from ..pretrained import Tokenizer
 from ..pretrained.text import pieces, prompt_ids
 from ..training.loop import in_mode
+from .encode import Row, collate
 
 BASE = "__base__"                                          # PEFT's name for no adapter
 METHODS = ("centroid", "logistic")
@@ -96,20 +97,21 @@ class Router:
         return found
 
     def generate(self, texts: Sequence[str], names: Sequence[str] | None = None, *, max_new_tokens: int = 64,
-                 chat: bool | None = None, batch_size: int = 32, **options: Any) -> list[str]:
+                 chat: bool | None = None, batch_size: int = 32, seed: int = 0, **options: Any) -> list[str]:
         """The continuation of each text, in the order of the texts, each by its adapter; prompts are padded on the left.
 
-        chat: write the texts down as messages (default: if the tokenizer has a chat template). options: temperature, top_k,
-        top_p and seed of `minilora.generate`. Raises ValueError as `logits` and `stream_text` do.
+        chat: write the texts down as messages (default: if the tokenizer has a chat template). seed: of the sampling, for all
+        texts together. options: temperature, top_k and top_p of `minilora.generate`. Raises ValueError as `logits` and
+        `stream_text` do.
         """
         names = self._checked(texts, names) if names is not None else self.route(texts)
         prompts, end = [prompt_ids(self.model, self.tokenizer, text, chat) for text in texts], self.tokenizer.eos_token_id
         _fits(self.model, prompts, max_new_tokens)
-        found = [""] * len(texts)
+        found, rng = [""] * len(texts), host_rng(seed)     # one generator: each batch has random numbers of its own
         for rows in by_length(prompts, batch_size):
             ids, mask = left_padded([prompts[i] for i in rows])
             new = generate(self.model, ids, max_new_tokens, attention_mask=mask, adapter_names=[names[i] for i in rows],
-                           eos_token_id=end, **options)[:, ids.shape[1] :]
+                           eos_token_id=end, seed=rng, **options)[:, ids.shape[1] :]
             for i, tokens in zip(rows, new.tolist(), strict=True):
                 own = tokens[: tokens.index(end)] if end in tokens else tokens
                 found[i] = "".join(pieces(self.tokenizer, prompts[i], iter(own)))
@@ -169,14 +171,12 @@ def embed_texts(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], 
 def batches(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str],
             batch_size: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """(which texts, ids (B, T), mask (B, T)) of texts of about one length, padded on the right."""
-    rows = [tokenizer.encode(text) for text in texts]
-    _fits(model, rows)
-    for some in by_length(rows, batch_size):
-        lengths = np.array([[len(rows[i])] for i in some])
-        mask = np.arange(lengths.max()) < lengths
-        ids = np.full(mask.shape, tokenizer.pad_token_id or 0)
-        ids[mask] = np.concatenate([rows[i] for i in some])
-        yield some, ids, mask.astype(np.int64)
+    rows = [Row(tokenizer.encode(text), 0) for text in texts]
+    ids = [row.ids for row in rows]
+    _fits(model, ids)
+    for some in by_length(ids, batch_size):
+        batch = collate([rows[i] for i in some], tokenizer.pad_token_id or 0)
+        yield some, batch["ids"], batch["attention_mask"]
 
 
 def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
