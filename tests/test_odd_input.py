@@ -11,7 +11,7 @@ import pytest
 
 import minilora as ml
 from minilora.cli import main
-from minilora.data import label_names, read_labelled, read_passages, split
+from minilora.data import Passage, label_names, read_labelled, read_passages, split
 from minilora.nn.generate import choose
 from minilora.pretrained import Tokenizer
 from minilora.tasks import Router, Run, finetune, keywords, load, predict
@@ -182,6 +182,15 @@ def test_a_continuation_takes_the_room_there_is(llama, tmp_path, capsys):
     assert "24 tokens and at least 1 new ones are wanted, expected at most 24 together" in capsys.readouterr().err
     with pytest.raises(ValueError, match="input 0 is empty"):
         predict(tmp_path / "out", [""])
+
+
+def test_a_completion_with_an_end_in_its_midst_is_learned_whole():
+    backend = characters().backend
+    backend.add_special_tokens(["z"])
+    encoder = Encoder(Tokenizer(backend, {"eos_token": "z"}), 20)
+    for completion in ("bzc", "bzcz"):
+        ids = backend.encode("bzcz").ids
+        assert encoder.passages([Passage(completion, 1, "a")], "a.jsonl").rows[0].targets == ids
 
 
 def test_lines_of_standard_input(bert, reviews, tmp_path, capsys, monkeypatch):

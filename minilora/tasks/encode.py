@@ -153,9 +153,9 @@ class Encoder:
                                  "answered, expected the same text: give {\"text\"} lines, written out")
             completion = whole[len(text) :]
         answer = self.tokenizer.encode(completion, add_special_tokens=False)
-        if eos in answer:
-            answer = answer[: len(answer) - answer[::-1].index(eos)]           # no blanks after the end
-        elif eos is not None:
+        if self.tokenizer.chat_template is not None and eos in answer:
+            answer = answer[: len(answer) - answer[::-1].index(eos)]           # without the template's blanks after the end
+        if eos is not None and answer[-1:] != [eos]:
             answer = [*answer, eos]
         ids = [*asked, *answer]
         if len(asked) > self.max_length:
