@@ -85,7 +85,7 @@ def _analyze_verb(verbs: Any) -> None:
     analysis = _verb(verbs, "analyze", _analyze, "singular values and ranks of an adapter, and what it does to its base",
                      "minilora analyze my-adapter --base llama-1b --figure report.png")
     analysis.add_argument("directory", help="a folder with adapter_config.json and adapter_model.safetensors")
-    analysis.add_argument("--base", metavar="DIR", help="the base's folder: adds relative norms, amplification and intruders")
+    analysis.add_argument("--base", metavar="DIR", help="a folder or name: relative norms, amplification and intruders too")
     analysis.add_argument("--figure", type=Path, metavar="FILE.png", help="also draw ranks and spectra, with a base all of it")
     _json(analysis)
 
@@ -110,7 +110,7 @@ def _file_verbs(verbs: Any) -> None:
     """The verbs that work on folders of any model, without its code."""
     merge = _verb(verbs, "merge", _merge, "write a checkpoint with an adapter merged in, and measure what rounding kept",
                   "minilora merge llama-7b my-adapter -o merged")
-    merge.add_argument("base", help="a folder with model.safetensors, or shards and their index")
+    merge.add_argument("base", help="a folder with model.safetensors, or shards and their index; or a hub id, or minilm-l6")
     merge.add_argument("directory", help="the adapter's folder")
     merge.add_argument("--untie", action="store_true", help="give a tied head a tensor of its own")
 
@@ -209,8 +209,7 @@ def _study(args: argparse.Namespace) -> None:
         return
     if args.name not in STUDIES:
         raise ValueError(f"unknown study {args.name!r}: expected one of {', '.join(STUDIES)}")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: expected a whole number of at least 0")
+    _seed(args)
     if args.seeds is not None and args.seeds < 1:
         raise ValueError(f"--seeds {args.seeds}: expected a whole number of at least 1")
     study = STUDIES[args.name]
@@ -241,6 +240,7 @@ def _analyze(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
+    _seed(args)
     model, tokenizer = load_pretrained(args.model)
     if args.adapter is not None:
         load_adapter(model, args.adapter)
@@ -279,7 +279,7 @@ def _finetune(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    texts = args.texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    texts = args.texts or [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     found = tasks.predict(args.directory, texts, base=args.base)
     if args.json:
         print(json.dumps([vars(each) if isinstance(each, tasks.Prediction) else each for each in found]))
@@ -299,6 +299,11 @@ def _verify(args: argparse.Namespace) -> int:
     report = reference.verify(args.directory, args.theirs)
     _print(report, args)
     return 0 if report.passed else 1
+
+
+def _seed(args: argparse.Namespace) -> None:
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: expected a whole number of at least 0")
 
 
 def _print(report: Any, args: argparse.Namespace) -> None:

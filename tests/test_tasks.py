@@ -528,7 +528,7 @@ def test_another_run_may_replace_an_unfinished_one(bert, reviews, tmp_path, monk
         patch.setattr(Run, "batches", stop)
         finetune(bert, reviews, "sentiment", out=tmp_path / "out", steps=3, progress=False)
     (tmp_path / "out" / "checkpoint" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="a damaged state"):
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
         finetune(bert, reviews, "sentiment", out=tmp_path / "out", steps=2, progress=False)
     report = finetune(bert, reviews, "sentiment", out=tmp_path / "out", steps=2, force=True, progress=False)
     assert len(report.history.loss) == 2 and not (tmp_path / "out" / "checkpoint").exists()

@@ -85,9 +85,9 @@ def split(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     Raises ValueError for a share that is not between 0 and 1, or leaves one side empty.
     """
-    held = round(n * share)
-    if not 0.0 < share < 1.0 or not 0 < held < n:
-        raise ValueError(f"a held-out share of {share} of {n} examples is {held}, expected a share between 0 and 1 that leaves "
-                         "some on both sides: give more data, or a file of its own (--eval)")
+    held = round(n * share) if 0.0 < share < 1.0 else 0
+    if not 0 < held < n:
+        raise ValueError(f"got a held-out share of {share} of {n} examples, expected a share between 0 and 1 that leaves some "
+                         "on both sides: give more data, or a file of its own (--eval)")
     order = np.random.default_rng(seed).permutation(n)
     return np.sort(order[held:]), np.sort(order[:held])

@@ -49,19 +49,21 @@ class Passage:
 def read_labelled(path: str | Path, text_column: str = "text", label_column: str = "label") -> list[Labelled]:
     """Labelled texts of a .csv (a comma, quoted as spreadsheets do), .tsv (a tab, no quoting) or .jsonl file.
 
-    The first two begin with a line of column names; a line of the third is an object with these keys. Labels become text.
+    The first two begin with a line of column names; a line of the third is an object with these keys. Labels become text,
+    without the blanks around them.
 
     Raises FileNotFoundError, and ValueError, naming file and line, for another kind of file, text that is not UTF-8, a column
     that is not there, a row of another length, a text or label that is empty, and a file without examples.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".tsv", ".jsonl"):
+    if kind(path) not in (".csv", ".tsv", ".jsonl"):
         raise ValueError(f"{path}: got a file of kind {path.suffix or 'unknown'}, expected .csv, .tsv or .jsonl: rename or "
                          "convert it")
     if text_column == label_column:
         raise ValueError(f"text and label are both in column {text_column!r}, expected two columns: name the other one")
-    rows = _objects(path) if path.suffix == ".jsonl" else _table(path, text_column, label_column)
-    found = [Labelled(_cell(row, text_column, path, line), _cell(row, label_column, path, line), line) for line, row in rows]
+    rows = _objects(path) if kind(path) == ".jsonl" else _table(path, text_column, label_column)
+    found = [Labelled(_cell(row, text_column, path, line), _cell(row, label_column, path, line).strip(), line)
+             for line, row in rows]
     return _some(found, path, "examples")
 
 
@@ -104,7 +106,7 @@ def read_passages(path: str | Path) -> list[Passage]:
     or completion that is empty, and a file without text.
     """
     path = Path(path)
-    if path.suffix != ".jsonl":
+    if kind(path) != ".jsonl":
         text = read_text(path)
         return _some([Passage(text, 1)] if text.strip() else [], path, "text")
     found = []
@@ -124,7 +126,7 @@ def label_names(found: Iterable[str], given: Sequence[str] | None = None) -> lis
 
     Raises ValueError for fewer than two, or one given twice.
     """
-    names = list(dict.fromkeys(found)) if given is None else list(given)
+    names = list(dict.fromkeys(found)) if given is None else list(map(str, given))
     if len(set(names)) != len(names):
         raise ValueError(f"labels {', '.join(names)}: expected each name once")
     if len(names) < 2:
@@ -134,6 +136,11 @@ def label_names(found: Iterable[str], given: Sequence[str] | None = None) -> lis
         return names
     numbers = all(re.fullmatch(r"-?\d{1,18}", name) for name in names)
     return sorted(names, key=int) if numbers else sorted(names, key=lambda name: (name != "O", name))
+
+
+def kind(path: Path) -> str:
+    """The ending of a file's name, ".csv" for A.CSV too."""
+    return path.suffix.lower()
 
 
 def read_text(path: str | Path) -> str:
@@ -173,14 +180,16 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _table(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, column name -> cell) of every row below the first."""
-    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {"strict": True}
-    rows = csv.reader(io.StringIO(read_text(path), newline=""), **form)
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind(path) == ".tsv" else {"strict": True}
+    text = read_text(path)
+    rows = csv.reader(io.StringIO(text, newline=""), **form)
     names, line = list[str](), 1
+    limit = csv.field_size_limit(max(len(text), 1))        # a text may be longer than the library's 131,072 characters
     try:
         for row in rows:
             start, line = line, rows.line_num + 1          # a row may go over several lines
-            if not row:
-                continue
+            if not "".join(row).strip() and len(row) < 2:
+                continue                                   # a blank line
             if not names:
                 names = [name.strip() for name in row]
                 for column in columns:
@@ -195,6 +204,8 @@ def _table(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
             yield start, dict(zip(names, row))
     except csv.Error as error:
         raise ValueError(f"{path}, line {line}: {error}, expected rows with quotes that close") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _cell(row: dict[str, Any], key: str, path: Path, line: int) -> str:
@@ -207,6 +218,9 @@ def _cell(row: dict[str, Any], key: str, path: Path, line: int) -> str:
         raise ValueError(f"{path}, line {line}: {key} is {value!r}, expected text")
     if not str(value).strip():
         raise ValueError(f"{path}, line {line}: {key} is empty, expected text: fill it in, or leave the line out")
+    if re.search("[\ud800-\udfff]", str(value)):
+        raise ValueError(f"{path}, line {line}: {key} has half of a surrogate pair (\\ud800 to \\udfff), expected whole "
+                         "characters: write the file again as UTF-8")
     return str(value)
 
 

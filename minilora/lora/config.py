@@ -76,6 +76,8 @@ class LoraConfig(TargetConfig):
         for where, r in {"r": self.r, **self.rank_pattern}.items():
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"rank {where} = {r!r}: expected a whole number of at least 1")
+        if not all(abs(alpha) < float("inf") for alpha in (self.lora_alpha, *self.alpha_pattern.values())):
+            raise ValueError(f"lora_alpha = {self.lora_alpha}, alpha_pattern = {self.alpha_pattern}: expected finite numbers")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout = {self.lora_dropout}: expected 0 <= p < 1")
         if ":" in self.method and (self.method, Linear) not in METHODS:

@@ -12,9 +12,9 @@ from ..backend import host_rng, to_host
 from .transformer import Transformer
 
 
-def generate(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask: Any = None,
-             adapter_names: Sequence[str] | None = None, temperature: float = 0.0, top_k: int | None = None,
-             top_p: float | None = None, eos_token_id: int | None = None, seed: int = 0) -> np.ndarray:
+def generate(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask: Any = None, temperature: float = 0.0,
+             adapter_names: Sequence[str] | None = None, top_k: int | None = None, top_p: float | None = None,
+             eos_token_id: int | None = None, seed: int | np.random.Generator = 0) -> np.ndarray:
     """Continue prompts ids (B, T) by up to max_new_tokens: (B, T + new) token ids on the host, prompt included.
 
     attention_mask (B, T): 0 at the padding on the left of prompts that are shorter (data/padding.py makes both); each row then
@@ -34,9 +34,9 @@ def generate(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mas
     return np.concatenate([np.asarray(to_host(ids), dtype=np.int64), *new], axis=1)
 
 
-def stream(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask: Any = None,
-           adapter_names: Sequence[str] | None = None, temperature: float = 0.0, top_k: int | None = None,
-           top_p: float | None = None, eos_token_id: int | None = None, seed: int = 0) -> Iterator[np.ndarray]:
+def stream(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask: Any = None, temperature: float = 0.0,
+           adapter_names: Sequence[str] | None = None, top_k: int | None = None, top_p: float | None = None,
+           eos_token_id: int | None = None, seed: int | np.random.Generator = 0) -> Iterator[np.ndarray]:
     """As `generate`, but yields the tokens (B,) as they come."""
     ids = np.asarray(to_host(ids))
     mask: Any = None if attention_mask is None else np.asarray(to_host(attention_mask)) != 0
@@ -48,9 +48,9 @@ def stream(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask:
                          f"max_len = {model.cfg.max_len}")
     if mask is not None and (mask.shape != ids.shape or not mask[:, -1:].all() or (mask[:, :-1] > mask[:, 1:]).any()):
         raise ValueError(f"attention_mask of shape {mask.shape}: expected {ids.shape}, 0 only before a row: pad on the left")
-    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected temperature >= 0, top_k >= 1, "
-                         "0 < top_p <= 1")
+    if not 0 <= temperature < np.inf or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: expected a finite temperature >= 0, "
+                         "top_k >= 1, 0 < top_p <= 1")
     rng, cache, training = host_rng(seed), model.new_cache(), model.training
     finished, moved = np.zeros(len(ids), dtype=bool), mask is not None and model.pos_embed is not None
     model.eval()
@@ -78,14 +78,12 @@ def choose(logits: np.ndarray, temperature: float, top_k: int | None, top_p: flo
     """One token for each row of host logits (B, V), as `generate` describes."""
     if temperature == 0:
         return logits.argmax(axis=-1)
-    logits = logits.astype(np.float64) / temperature
     order = np.argsort(-logits, axis=-1, kind="stable")                            # likeliest first
-    ranked = np.take_along_axis(logits, order, axis=-1)
-    p = np.exp(ranked - ranked[:, :1])
-    p /= p.sum(axis=-1, keepdims=True)
+    ranked = np.take_along_axis(logits, order, axis=-1).astype(np.float64)
+    p = np.exp((ranked - ranked[:, :1]) / max(temperature, 1e-200))                # below it the quotient may overflow
     if top_k is not None:
         p[:, top_k:] = 0.0
-        p /= p.sum(axis=-1, keepdims=True)
+    p /= p.sum(axis=-1, keepdims=True)
     if top_p is not None:
         p[np.cumsum(p, axis=-1) - p >= top_p] = 0.0                                # keep the token that crosses top_p
     cumulative = np.cumsum(p, axis=-1)

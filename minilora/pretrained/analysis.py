@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 
 from ..nn import Transformer
 from ..rank import report
 from .adapters import AdapterFolder
+from .hub import located
 from .load import load_pretrained
 from .merge import HEAD, adapter_plan, stored_flipped, tied_table
 from .tensors import Checkpoint
@@ -48,7 +48,7 @@ def analyze(model_or_directory: Transformer | str | os.PathLike[str],
     damaged files and a base of other shapes, FileNotFoundError for folders that are not there, TypeError for another base.
     """
     if isinstance(base, (str, os.PathLike)):
-        if not isinstance(model_or_directory, Transformer) and Path(base).is_dir():
-            return report.analyze(model_or_directory, StoredBase(base, model_or_directory), intruders=intruders)
+        if not isinstance(model_or_directory, Transformer) and (folder := located(base)).is_dir():
+            return report.analyze(model_or_directory, StoredBase(folder, model_or_directory), intruders=intruders)
         base = load_pretrained(str(base))[0]
     return report.analyze(model_or_directory, base, name, intruders=intruders)

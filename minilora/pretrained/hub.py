@@ -37,6 +37,11 @@ def find(source: str | os.PathLike[str]) -> Path:
                             f"\"org/name\", or one of {', '.join(SHORT)}")
 
 
+def located(base: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint as it is given, of any model; or, for a name in place of a folder, what `find` finds."""
+    return Path(base) if Path(base).exists() else find(base)
+
+
 def model_file(path: Path) -> Path:
     """A .gguf file itself; for a folder the one with config.json (sentence-transformers may have it one deeper), or its .gguf.
 

@@ -19,6 +19,7 @@ from tqdm.std import tqdm
 
 from ..lora.peft_format import DTYPES
 from .adapters import AdapterFolder, EditReport, relative
+from .hub import located
 from .tensors import INDEX, Checkpoint, TensorFile, TensorWriter, encode, new_folder
 
 ROWS = 1 << 22                                             # elements of a block of rows: what a merge holds beside one tensor
@@ -31,12 +32,12 @@ def merge_checkpoint(base: str | os.PathLike[str], directory: str | os.PathLike[
                      untie: bool = False, force: bool = False, progress: bool = False) -> EditReport:
     """Write to `out` the checkpoint `base` with the adapter of `directory` merged in; of any model, without its code.
 
-    base: a folder with model.safetensors, or shards and their index. Every tensor keeps its name, dtype and shard; the update
-    is added in float64 (float32 for a base in 16 bits) and rounded once, to nearest even. Where the adapter's config says
-    fan_in_fan_out, weights stored (in, out) get ΔWᵀ. lora_bias is added to the bias; modules saved whole replace their tensors,
-    or are added where the base has none (a new classifier). Other files of the base are copied; weights in other formats are
-    not, since they would be those of the base. untie: give a tied head its own tensor, so that an adapter on the table (or on
-    the head) changes that one alone. force: replace a checkpoint in `out`.
+    base: a folder with model.safetensors, or shards and their index; or a name, as for load_pretrained. Every tensor keeps its
+    name, dtype and shard; the update is added in float64 (float32 for a base in 16 bits) and rounded once, to nearest even.
+    Where the adapter's config says fan_in_fan_out, weights stored (in, out) get ΔWᵀ. lora_bias is added to the bias; modules
+    saved whole replace their tensors, or are added where the base has none (a new classifier). Other files of the base are
+    copied; weights in other formats are not, since they would be those of the base. untie: give a tied head its own tensor, so
+    that an adapter on the table (or on the head) changes that one alone. force: replace a checkpoint in `out`.
 
     The report has for each module norm = ‖ΔW‖_F, kept = ⟨W' - W, ΔW⟩ / ‖ΔW‖², the share of the update that survived
     rounding (1 is all, 0 nothing), and error = ‖W' - W - ΔW‖ / ‖ΔW‖; its summary has the same of all together.
@@ -45,6 +46,7 @@ def merge_checkpoint(base: str | os.PathLike[str], directory: str | os.PathLike[
     has another shape, for a tied table without untie, for sums that overflow, and for an `out` that cannot be used. Then
     nothing is left in `out`.
     """
+    base = located(base)
     checkpoint, adapter = Checkpoint(base), AdapterFolder(directory)
     plan = adapter_plan(checkpoint, adapter)
     notes = []

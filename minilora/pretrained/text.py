@@ -29,14 +29,28 @@ def stream_text(model: Transformer, tokenizer: Tokenizer | None, prompt: str, *,
     """
     ids = prompt_ids(model, tokenizer, prompt, chat)
     assert tokenizer is not None
-    room = model.cfg.max_len - len(ids)
-    if room < (1 if max_new_tokens is None else max_new_tokens):
-        raise ValueError(f"the prompt has {len(ids)} tokens and {max_new_tokens or 'at least 1'} new ones are wanted, expected "
-                         f"at most {model.cfg.max_len} together, the model's context: shorten the prompt, or ask for fewer")
+    count = new_tokens(model, ids, max_new_tokens, NEW_TOKENS)
     names = None if adapter_name is None else [adapter_name]
-    tokens = stream(model, [ids], min(room, NEW_TOKENS) if max_new_tokens is None else max_new_tokens, adapter_names=names,
-                    temperature=temperature, top_k=top_k, top_p=top_p, eos_token_id=tokenizer.eos_token_id, seed=seed)
+    tokens = stream(model, [ids], count, adapter_names=names, temperature=temperature,
+                    top_k=top_k, top_p=top_p, eos_token_id=tokenizer.eos_token_id, seed=seed)
     return pieces(tokenizer, ids, (int(token[0]) for token in tokens))
+
+
+def new_tokens(model: Transformer, ids: Sequence[int], wanted: int | None, most: int) -> int:
+    """How many tokens may come after a prompt: those wanted, or (None) as many as the context has room for, up to `most`.
+
+    Raises ValueError if the prompt is empty, or the context has no room for those wanted, or for any.
+    """
+    room = model.cfg.max_len - len(ids)
+    if not ids:
+        raise ValueError("the tokenizer makes no token of the prompt, expected at least one: give some text")
+    if wanted is not None and wanted < 0:
+        raise ValueError(f"{wanted} new tokens are wanted, expected at least 0")
+    if room < (1 if wanted is None else wanted):
+        raise ValueError(f"the prompt has {len(ids)} tokens and {'at least 1' if wanted is None else wanted} new ones are "
+                         f"wanted, expected at most {model.cfg.max_len} together, the model's context: shorten the prompt, or "
+                         "ask for fewer")
+    return min(room, most) if wanted is None else wanted
 
 
 def prompt_ids(model: Transformer, tokenizer: Tokenizer | None, prompt: str, chat: bool | None = None) -> list[int]:

@@ -32,8 +32,17 @@ class Tokenizer:
         self.size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of a text, with the tokens that the model expects around it ([CLS] and [SEP], a beginning of text …)."""
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        """The ids of a text, with the tokens that the model expects around it ([CLS] and [SEP], a beginning of text …).
+
+        Raises ValueError for what is no text, or has halves of characters (surrogates, as bytes that are no UTF-8 become).
+        """
+        return list(self._encoded(text, add_special_tokens).ids)
+
+    def _encoded(self, text: str, add_special_tokens: bool) -> Any:
+        try:
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:                                  # what the library makes of bytes that were no UTF-8, too
+            raise ValueError(f"got {text!r:.60}, expected a text of whole characters: is it UTF-8?") from None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ids (T,). Raises ValueError for an id that is not in the vocabulary."""
@@ -49,10 +58,10 @@ class Tokenizer:
         """
         owner: list[int] = []                              # of each character of the text; a blank belongs to the next word
         for i, word in enumerate(words):
-            if not word.strip():
+            if not isinstance(word, str) or not word.strip():
                 raise ValueError(f"word {i} is {word!r}, expected at least one character that is not a blank: leave it out")
             owner += [i] * (len(word) + (i > 0))
-        found = self.backend.encode(" ".join(words), add_special_tokens=add_special_tokens)
+        found = self._encoded(" ".join(words), add_special_tokens)
         last = [stop - 1 if stop > start else start for start, stop in found.offsets]      # a blank alone may have width 0
         return list(found.ids), [None if special else owner[min(at, len(owner) - 1)]
                                  for at, special in zip(last, found.special_tokens_mask)]

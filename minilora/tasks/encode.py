@@ -49,7 +49,10 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         body, whole = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
-        at = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
+        at = next((i for i in range(len(whole)) if body and whole[i : i + len(body)] == body), None)
+        if at is None:
+            raise ValueError(f"the tokenizer makes {body} of the text 'a', and {whole} with its special tokens, expected the "
+                             "first within the second: is it a tokenizer of English text?")
         self.before, self.after = whole[:at], whole[at + len(body) :]
         if max_length < len(self.before) + len(self.after) + 1:
             raise ValueError(f"max_length = {max_length}, expected at least {len(self.before) + len(self.after) + 1}: the "
@@ -150,9 +153,9 @@ class Encoder:
                                  "answered, expected the same text: give {\"text\"} lines, written out")
             completion = whole[len(text) :]
         answer = self.tokenizer.encode(completion, add_special_tokens=False)
-        if eos in answer:
-            answer = answer[: len(answer) - answer[::-1].index(eos)]           # no blanks after the end
-        elif eos is not None:
+        if self.tokenizer.chat_template is not None and eos in answer:
+            answer = answer[: len(answer) - answer[::-1].index(eos)]           # without the template's blanks after the end
+        if eos is not None and answer[-1:] != [eos]:
             answer = [*answer, eos]
         ids = [*asked, *answer]
         if len(asked) > self.max_length:

@@ -6,6 +6,7 @@ it, evaluate, train, evaluate, save. A run that is cut off goes on from its chec
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -94,12 +95,14 @@ def finetune(source: str | os.PathLike[str], data: str | os.PathLike[str], task:
     """
     kind, start = task_named(task), time.perf_counter()
     chosen = kind.settings.with_(**settings)
+    if labels is not None and task == "text":
+        raise ValueError("labels with the task text, expected none: it has no labels (--labels)")
     if seed < 0 or (limit is not None and limit < 1):
         raise ValueError(f"seed = {seed}, limit = {limit}: expected a seed of at least 0, and a limit of at least 1 or none")
     for library in {"sentiment": ("sklearn.metrics",), "ner": ("seqeval.metrics",)}.get(task, ()):
         metrics.need(library)
     examples = _limited(_read(data, task, text_column, label_column), limit, seed)
-    folder = None if out is None else usable(Path(out), force)
+    folder = None if out is None else usable(Path(out), force, Path(source))
     held = None if eval is None else _limited(_read(eval, task, text_column, label_column), limit, seed)
     run = prepare(source, task, examples, held, chosen, seed=seed, labels=labels, eval_share=eval_share, where=data,
                   eval_where=eval, progress=progress)
@@ -115,8 +118,12 @@ def finetune(source: str | os.PathLike[str], data: str | os.PathLike[str], task:
         remember(folder, facts, before)
         run.config.checkpoint = str(folder / CHECKPOINT)
     history = fit(run)
+    after = run.evaluate()
+    if math.isfinite(before["loss"]) and not math.isfinite(after["loss"]):
+        raise FloatingPointError(f"the loss on the held-out examples is {after['loss']} after training, {before['loss']:.4g} "
+                                 "before: nothing is saved; lower the learning rate, or train longer with it warmed up")
     report = FinetuneReport(
-        facts=facts, before=before, after=run.evaluate(), history=history, truncated=run.train.truncated + run.held.truncated,
+        facts=facts, before=before, after=after, history=history, truncated=run.train.truncated + run.held.truncated,
         parameters=count_parameters(run.model), seconds=time.perf_counter() - start,
         out=None if folder is None else str(folder), model=run.model, tokenizer=run.tokenizer)
     if folder is not None:

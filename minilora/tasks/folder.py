@@ -22,12 +22,14 @@ from .report import FinetuneReport
 CHECKPOINT, RUN, FACTS, REPORT, CARD = "checkpoint", "run.json", "minilora.json", "report.json", "README.md"
 
 
-def usable(folder: Path, force: bool) -> Path:
-    """The folder, if a run may begin or go on in it; nothing is made yet.
+def usable(folder: Path, force: bool, base: Path) -> Path:
+    """The folder, if a run on this base may begin or go on in it; nothing is made yet.
 
-    Raises ValueError for a file, one that cannot be written, or one that holds something else than an unfinished run (without
-    force).
+    Raises ValueError for a file, one that cannot be written, the base's own, whose weights would be replaced, or one that holds
+    something else than an unfinished run (without force).
     """
+    if base.exists() and folder.resolve() == (base.parent if base.is_file() else base).resolve():
+        raise ValueError(f"the output {folder} holds the base {base}: give another folder, or the base would be replaced")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"the output {folder} is a file, expected a folder: give another name")
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -50,18 +52,24 @@ def begin(folder: Path, facts: dict[str, Any], force: bool) -> dict[str, Any] | 
         return None
     try:
         saved = read_object(path)
-        own = json.loads(json.dumps(facts))
-        different = next((key for key in own if saved["facts"].get(key) != own[key]), None)
-        if different is None:
-            return dict(saved["before"])
-        got, expected = saved["facts"].get(different), own[different]
+        before, old, own = dict(saved["before"]), _flat(saved["facts"]), _flat(json.loads(json.dumps(facts)))
     except (ValueError, LookupError, TypeError, AttributeError):
-        different, got, expected = "a damaged state", "nothing", "that of this run"
+        what = f"{path} is damaged, expected the state of an unfinished run"
+    else:
+        different = next((key for key in own if old.get(key) != own[key]), None)
+        if different is None:
+            return before
+        what = (f"{folder} holds an unfinished run with another {different}: got {old.get(different)!r}, this run has "
+                f"{own[different]!r}: repeat the call of that run to finish it")
     if not force:
-        raise ValueError(f"{folder} holds an unfinished run with another {different}: got {got!r}, this run has {expected!r}: "
-                         "repeat the call of that run to finish it, give another folder, or force to begin anew (--force)")
+        raise ValueError(f"{what}: give another folder, or force to begin anew (--force)")
     shutil.rmtree(folder / CHECKPOINT)
     return None
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts with each of the settings by its own name."""
+    return {**facts["settings"], **{name: value for name, value in facts.items() if name != "settings"}}
 
 
 def remember(folder: Path, facts: dict[str, Any], before: dict[str, Any]) -> None:

@@ -65,7 +65,8 @@ class FinetuneReport:
         rows = [["held out", "before", "after"], *metric_rows(self.before, self.after)]
         shown = {name: value for name, value in settings.items() if value is not None} | {"seed": facts["seed"]}
         evaluated = (f"`{facts['eval']['name']}` (SHA-256 `{facts['eval']['sha256']}`)" if facts["eval"] else
-                     f"{facts['eval_share']:.0%} of it, held out by seed {facts['seed']}")
+                     f"{facts['eval_share']:.0%} of it, held out by seed {facts['seed']}"
+                     f"{' (of one plain text its end)' if facts['task'] == 'text' else ''}")
         labels = facts["labels"]
         options = "" if labels is None else f", num_labels={len(labels)}, id2label={dict(enumerate(labels))!r}"
         return CARD.format(

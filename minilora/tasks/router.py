@@ -10,19 +10,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from ..autograd import no_grad
-from ..backend import to_host
+from ..backend import host_rng, to_host
 from ..data import left_padded
 from ..lora import adapter_names, disable_adapter
 from ..lora.files import load_adapter
 from ..nn import Transformer, generate
 from ..pretrained import Tokenizer
 from ..pretrained.text import pieces, prompt_ids
+from ..training.loop import in_mode
+from .encode import Row, collate
 
 BASE = "__base__"                                          # PEFT's name for no adapter
 METHODS = ("centroid", "logistic")
@@ -89,27 +90,28 @@ class Router:
         names = self._checked(texts, names) if names is not None else self.route(texts)
         found: list[Any] = [None] * len(texts)
         for rows, ids, mask in batches(self.model, self.tokenizer, texts, batch_size):
-            with no_grad(), evaluating(self.model):
+            with no_grad(), in_mode(self.model, False):
                 out = to_host(self.model(ids, attention_mask=mask, adapter_names=[names[i] for i in rows]))
             for i, row, length in zip(rows, out, mask.sum(axis=1), strict=True):
                 found[i] = (row if self.model.cfg.head == "sequence" else row[:length]).copy()
         return found
 
     def generate(self, texts: Sequence[str], names: Sequence[str] | None = None, *, max_new_tokens: int = 64,
-                 chat: bool | None = None, batch_size: int = 32, **options: Any) -> list[str]:
+                 chat: bool | None = None, batch_size: int = 32, seed: int = 0, **options: Any) -> list[str]:
         """The continuation of each text, in the order of the texts, each by its adapter; prompts are padded on the left.
 
-        chat: write the texts down as messages (default: if the tokenizer has a chat template). options: temperature, top_k,
-        top_p and seed of `minilora.generate`. Raises ValueError as `logits` and `stream_text` do.
+        chat: write the texts down as messages (default: if the tokenizer has a chat template). seed: of the sampling, for all
+        texts together. options: temperature, top_k and top_p of `minilora.generate`. Raises ValueError as `logits` and
+        `stream_text` do.
         """
         names = self._checked(texts, names) if names is not None else self.route(texts)
         prompts, end = [prompt_ids(self.model, self.tokenizer, text, chat) for text in texts], self.tokenizer.eos_token_id
         _fits(self.model, prompts, max_new_tokens)
-        found = [""] * len(texts)
+        found, rng = [""] * len(texts), host_rng(seed)     # one generator: each batch has random numbers of its own
         for rows in by_length(prompts, batch_size):
             ids, mask = left_padded([prompts[i] for i in rows])
             new = generate(self.model, ids, max_new_tokens, attention_mask=mask, adapter_names=[names[i] for i in rows],
-                           eos_token_id=end, **options)[:, ids.shape[1] :]
+                           eos_token_id=end, seed=rng, **options)[:, ids.shape[1] :]
             for i, tokens in zip(rows, new.tolist(), strict=True):
                 own = tokens[: tokens.index(end)] if end in tokens else tokens
                 found[i] = "".join(pieces(self.tokenizer, prompts[i], iter(own)))
@@ -139,10 +141,15 @@ class Centroids:
 def keywords(words: Mapping[str, Sequence[str]], default: str = BASE) -> Callable[[str], str]:
     """A rule: the first adapter of `words` (name -> words) of which a text has a word, in whatever case; else `default`.
 
+    Raises ValueError for a name without words, and for an empty word, which every text would have.
+
     >>> rule = keywords({"sql": ["select", "table"], "poem": ["rose"]})
     >>> rule("SELECT a rose"), rule("A rose."), rule("unselected")
     ('sql', 'poem', '__base__')
     """
+    for name, some in words.items():
+        if isinstance(some, str) or not all(some) or not some:
+            raise ValueError(f"the words of {name!r} are {some!r}, expected a list of at least one word, none of them empty")
     patterns = {name: re.compile(rf"(?<!\w)({'|'.join(map(re.escape, some))})(?!\w)", re.IGNORECASE)
                 for name, some in words.items()}
     return lambda text: next((name for name, pattern in patterns.items() if pattern.search(text)), default)
@@ -155,7 +162,7 @@ def embed_texts(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], 
     """
     found = np.zeros((len(texts), model.cfg.d_model))
     for rows, ids, mask in batches(model, tokenizer, texts, batch_size):
-        with no_grad(), evaluating(model), disable_adapter(model):
+        with no_grad(), in_mode(model, False), disable_adapter(model):
             hidden = to_host(model.hidden(ids, attention_mask=mask)).astype(np.float64)                  # (B, T, D)
         found[rows] = (hidden * mask[..., None]).sum(axis=1) / mask.sum(axis=1)[:, None]
     return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-30)
@@ -164,14 +171,12 @@ def embed_texts(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], 
 def batches(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str],
             batch_size: int) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """(which texts, ids (B, T), mask (B, T)) of texts of about one length, padded on the right."""
-    rows = [tokenizer.encode(text) for text in texts]
-    _fits(model, rows)
-    for some in by_length(rows, batch_size):
-        lengths = np.array([[len(rows[i])] for i in some])
-        mask = np.arange(lengths.max()) < lengths
-        ids = np.full(mask.shape, tokenizer.pad_token_id or 0)
-        ids[mask] = np.concatenate([rows[i] for i in some])
-        yield some, ids, mask.astype(np.int64)
+    rows = [Row(tokenizer.encode(text), 0) for text in texts]
+    ids = [row.ids for row in rows]
+    _fits(model, ids)
+    for some in by_length(ids, batch_size):
+        batch = collate([rows[i] for i in some], tokenizer.pad_token_id or 0)
+        yield some, batch["ids"], batch["attention_mask"]
 
 
 def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
@@ -180,17 +185,6 @@ def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]
         raise ValueError(f"batch_size = {batch_size}, expected at least 1")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-@contextmanager
-def evaluating(model: Transformer) -> Iterator[None]:
-    """Inside this block dropout is off."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _fits(model: Transformer, rows: Sequence[Sequence[int]], new: int = 0) -> None:
