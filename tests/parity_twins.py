@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from minilora.lora import adapters_of
 from minilora.nn import Transformer, TransformerConfig
@@ -72,6 +73,7 @@ def their_model(cfg: TransformerConfig, dtype: str, seed: int = 0) -> Any:
                                           num_attention_heads=cfg.n_heads, num_key_value_heads=cfg.n_kv_heads,
                                           intermediate_size=cfg.d_ff, max_position_embeddings=cfg.max_len,
                                           rms_norm_eps=cfg.norm_eps, tie_word_embeddings=cfg.tie_embeddings,
+                                          attention_bias=cfg.qkv_bias, mlp_bias=cfg.bias,
                                           rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, **common)
         kinds = {"lm": "LlamaForCausalLM", "sequence": "LlamaForSequenceClassification",
                  "token": "LlamaForTokenClassification"}
@@ -203,3 +205,26 @@ def copy_adapter(ours, wrapped, name="default", rng=None):
 
 def logits_of(theirs, ids, **extra):
     return theirs(input_ids=torch.from_numpy(ids), attention_mask=torch.ones(ids.shape, dtype=torch.int64), **extra).logits
+
+
+def randomise(parameters, rng):
+    for p in parameters:
+        p.data[...] = rng.standard_normal(p.shape) * 0.3
+
+
+def randomised(ours, rng, name="default"):
+    """Random values for all of an adapter of ours."""
+    for adapter in adapters_of(ours, name).values():
+        randomise([p for _, p in adapter.named_parameters()], rng)
+
+
+def randomise_theirs(wrapped, rng):
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p.copy_(torch.from_numpy(rng.standard_normal(p.shape) * 0.3))
+
+
+def keys_of(folder):
+    with safe_open(folder / "adapter_model.safetensors", "np") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, file.metadata()      # noqa: SIM118

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from typing import Any, ClassVar
 
 from ..nn import Embedding, Linear, PackedLinear, Transformer
@@ -51,7 +52,9 @@ class LoraConfig(TargetConfig):
     the branch's input, in training. rank_pattern, alpha_pattern: module name or regex -> r or α where they differ.
     init_lora_weights: True (A uniform in ±1/√in, B = 0), "gaussian" (A normal with standard deviation 1/r, B = 0), False
     (B random too, to test), or a start that methods/ takes from W: "pissa", "pissa_niter_N", "milora", "olora". use_dora: DoRA
-    (arXiv:2402.09353) in place of LoRA; detach_norm: its norm is no part of the gradient, as in PEFT.
+    (arXiv:2402.09353) in place of LoRA; detach_norm: its norm is no part of the gradient, as in PEFT. bias: copies of the
+    base's biases are trained and saved along, "lora_only" of the adapted layers or "all", layer norms too; lora_bias: so is a
+    bias of B, in y = W x + b + s·(B A x + c). Both go with plain LoRA.
 
     Raises ValueError, naming the field, for values out of range.
     """
@@ -65,11 +68,14 @@ class LoraConfig(TargetConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_dora: bool = False
     detach_norm: bool = True
+    bias: str = "none"
+    lora_bias: bool = False
 
     @property
     def method(self) -> str:
         plain, start = "dora" if self.use_dora else "lora", self.init_lora_weights
-        return plain if start in (True, False, "gaussian") else f"{plain}:{str(start).partition('_')[0]}"
+        plain = plain if start in (True, False, "gaussian") else f"{plain}:{str(start).partition('_')[0]}"
+        return plain if self.bias == "none" and not self.lora_bias else f"{plain}:bias"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,9 +86,13 @@ class LoraConfig(TargetConfig):
             raise ValueError(f"lora_alpha = {self.lora_alpha}, alpha_pattern = {self.alpha_pattern}: expected finite numbers")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout = {self.lora_dropout}: expected 0 <= p < 1")
-        if ":" in self.method and (self.method, Linear) not in METHODS:
+        if ":" in self.method.removesuffix(":bias") and (self.method.removesuffix(":bias"), Linear) not in METHODS:
             raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: expected True, False or 'gaussian', or without "
                              "use_dora 'pissa', 'pissa_niter_N', 'milora' or 'olora'")
+        biases, known = (self.bias, self.lora_bias), product(("none", "lora_only", "all"), (False, True))
+        if biases not in known or (biases != ("none", False) and self.method != "lora:bias"):
+            raise ValueError(f"bias = {self.bias!r}, lora_bias = {self.lora_bias!r} for {self.method}: expected bias 'none', "
+                             "'lora_only' or 'all', lora_bias True or False, and both only with plain LoRA")
 
     def rank(self, names: tuple[str, ...]) -> int:
         """The rank of the module that has these names."""

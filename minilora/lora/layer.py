@@ -5,7 +5,7 @@ forward pass (multiply by the adapted weight), the gradients (autograd), the mer
 analysis (adapted_weight(W) - W). A method whose update is a thin product s·B@A also says so with `factors`, and then the
 forward pass never forms ΔW unless that costs less (autograd/linear.py, LoRALinear).
 
-`Adaptation` is what hangs on a Linear or Embedding: its named adapters, which of them are active, and whether merged.
+`Adaptation` is what hangs on a Linear, Embedding or LayerNorm: its named adapters, which are active, whether merged.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import numpy as np
 from ..autograd import Tensor, concatenate, embedding, linear, where
 from ..autograd.functions import dropout_mask
 from ..autograd.linear import LoRALinear
-from ..backend import Array, device_of, to_device
-from ..nn import Embedding, Linear, Module
+from ..backend import Array, array_module, device_of, to_device
+from ..nn import Embedding, LayerNorm, Linear, Module
 
 METHODS: dict[tuple[str, type], type[Adapter]] = {}        # (method, layer type) -> its class
+BESIDE: dict[str, Any] = {}    # method -> (model, config, layers taken, rng) -> {path: (layer, Adapter)} on layers not targeted
 
 
 def register(method: str, layer: type = Linear) -> Callable[[type[Adapter]], type[Adapter]]:
@@ -49,6 +50,7 @@ class Adapter(Module):
 
     strength = 1.0                                         # set_scale: multiplies the whole update
     dropout = 0.0                                          # on the branch's input, for methods with factors
+    brought_bias: Any = None                               # (out,), of a method that adds one where the layer has none
 
     def __init__(self, layer: Linear | Embedding, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
         self.rng = rng
@@ -106,7 +108,7 @@ class Adaptation(Module):
         factors: list[Any] = [adapter.factors() for _, adapter, _ in products]
         mixed = any(chosen is not None for _, _, chosen in terms)
         if all(f is not None for f in factors) and not (mixed and any(changes(t[1], "adapted_bias") for t in terms)):
-            bias = _by_rows(base, base.bias, [t[:2] for t in terms], "adapted_bias")
+            bias = adapted_bias(base, [t[:2] for t in terms])
             if not products:
                 return linear(x, base.weight, bias)
             masks = [_mask(x, adapter, chosen) for _, adapter, chosen in products]
@@ -135,6 +137,14 @@ class Adaptation(Module):
         return y
 
 
+    def shift(self, y: Tensor, base: LayerNorm) -> Tensor:         # (..., D) -> (..., D)
+        """A norm's output with what the terms change of its bias."""
+        for adapter, chosen in self.terms():
+            change = strengthened(adapter, base.bias, "adapted_bias") - base.bias
+            y = y + (change if chosen is None else change * _row_mask(y, chosen))
+        return y
+
+
 def working_terms(base: Linear) -> list[tuple[slice, Adapter, Any]]:
     """(rows of the product, adapter, rows of the batch or None) for a layer and its blocks."""
     return [(block, adapter, chosen) for block, layer in base.parts() if layer.adaptation is not None
@@ -146,7 +156,14 @@ def adapted(base: Linear, terms: list[tuple[slice, Adapter]]) -> tuple[Tensor, T
 
     Several adapters on the same rows add up: W + Σ_j (adapted_weight_j(W) - W).
     """
-    return _by_rows(base, dense(base), terms, "adapted_weight"), _by_rows(base, base.bias, terms, "adapted_bias")
+    return _by_rows(base, dense(base), terms, "adapted_weight"), adapted_bias(base, terms)
+
+
+def adapted_bias(base: Linear, terms: list[tuple[slice, Adapter]]) -> Tensor | None:
+    """The bias with these adapters on. Where the layer has none and an adapter brings one, it counts as zero."""
+    brought = [adapter.brought_bias.data for _, adapter in terms if adapter.brought_bias is not None]
+    old = Tensor(array_module(*brought).zeros(base.weight.shape[0], brought[0].dtype)) if brought else base.bias
+    return _by_rows(base, old, terms, "adapted_bias")
 
 
 def _by_rows(base: Linear, old: Any, terms: list[tuple[slice, Adapter]], what: str) -> Any:
@@ -177,6 +194,11 @@ def strengthened(adapter: Adapter, old: Tensor, what: str = "adapted_weight") ->
     """The adapted weight (or bias) with the adapter's strength: W + strength (adapted_weight(W) - W)."""
     changed = getattr(adapter, what)(old)
     return changed if changed is old or adapter.strength == 1.0 else old + (changed - old) * adapter.strength
+
+
+def beside(model: Any, config: Any, taken: list[Any], rng: np.random.Generator) -> dict[str, Any]:
+    """Path -> (layer, Adapter) of what a config's method puts on further layers than those already taken."""
+    return BESIDE[config.method](model, config, taken, rng) if config.method in BESIDE else {}
 
 
 def changes(adapter: Adapter, what: str) -> bool:

@@ -93,7 +93,7 @@ class Replacement(Adapter):
         return self.weight
 
     def adapted_bias(self, b: Tensor | None) -> Tensor | None:
-        return self.bias
+        return b if self.bias is None else self.bias
 
     def look_up_change(self, ids: Array, base: Embedding) -> Tensor:       # nothing as large as the table
         return (embedding(ids, self.weight) - embedding(ids, base.weight)) * self.strength

@@ -14,9 +14,9 @@ import numpy as np
 
 from ..autograd import Tensor, no_grad
 from ..backend import array_module, device_of, host_rng
-from ..nn import Embedding, Linear, Module, PackedLinear, Parameter, Transformer
+from ..nn import Adaptable, Embedding, Linear, Module, PackedLinear, Parameter, Transformer
 from .config import TargetConfig, find_targets, module_names
-from .layer import METHODS, Adaptation, adapted, combine, working_terms
+from .layer import METHODS, Adaptation, adapted, beside, combine, working_terms
 
 
 def add_adapter(model: Transformer, config: TargetConfig, name: str = "default", seed: int = 0) -> None:
@@ -39,6 +39,7 @@ def add_adapter(model: Transformer, config: TargetConfig, name: str = "default",
         new.append((layer, kind(layer, config, names, rng)))
     for _, names, layer in _modules_to_save(model, config):
         new.append((layer, METHODS["replace", Linear](layer, config, names, rng)))
+    new += beside(model, config, [layer for layer, _ in new], rng).values()
     device = device_of(model.embed.weight.data).name
     for layer, adapter in new:
         for part in _product(model, layer), layer:
@@ -74,8 +75,7 @@ def delete_adapter(model: Transformer, name: str) -> None:
         layer.adaptation.adapters.pop(name, None)
         layer.adaptation.active = [n for n in layer.adaptation.active if n != name]
     for layer in layers:
-        parts = layer.parts() if isinstance(layer, Linear) else [(None, layer)]
-        if not any(part.adaptation is not None and part.adaptation.adapters for _, part in parts):
+        if not any(part.adaptation is not None and part.adaptation.adapters for _, part in layer.parts()):
             layer.adaptation = None
 
 
@@ -125,6 +125,8 @@ def merge_adapter(model: Transformer) -> None:
         if values is not None:
             if not isinstance(layer.weight, Tensor):
                 raise ValueError("merge: got a quantised base weight, expected a dense one: rounding again loses the update")
+            if len(values) != len(_arrays(layer)):
+                raise ValueError("merge: got a lora_bias on a layer without a bias, expected one to merge into: leave it unmerged")
             if not all(bool(array_module(v).isfinite(v).all()) for v in values):
                 raise ValueError("merge: got NaN or infinite values in a merged weight, expected finite numbers: take an "
                                  "earlier checkpoint of the adapter")
@@ -133,7 +135,7 @@ def merge_adapter(model: Transformer) -> None:
         if layer in (model.embed, model.head) and model.head is not None and model.head.weight is model.embed.weight:
             model.head.weight = Parameter(layer.weight.data.copy(), requires_grad=False)
         saved = [a.copy() for a in _arrays(layer)]
-        for part in _parts(layer):
+        for _, part in layer.parts():
             if part.adaptation is not None:
                 part.adaptation.saved = saved
         _write(layer, values)
@@ -144,7 +146,7 @@ def unmerge_adapter(model: Transformer) -> None:
     for layer in _products(model):
         if layer.adaptation.saved is not None:
             _write(layer, layer.adaptation.saved)
-            for part in _parts(layer):
+            for _, part in layer.parts():
                 if part.adaptation is not None:
                     part.adaptation.saved = None
             if layer in (model.embed, model.head) and model.head is not None and model.cfg.tie_embeddings:
@@ -182,9 +184,8 @@ def adapter_names(model: Transformer) -> list[str]:
 def adapters_of(model: Transformer, name: str = "default") -> dict[str, Any]:
     """Module path -> Adapter, for one adapter. Raises KeyError if the model has none of that name."""
     _check_names(model, [name])
-    modules: dict[str, Any] = dict(model.named_modules())
-    return {path: modules[path].adaptation.adapters[name] for path in module_names(model)
-            if modules[path].adaptation is not None and name in modules[path].adaptation.adapters}
+    adapted_modules = ((path, m.adaptation) for path, m in model.named_modules() if isinstance(m, Adaptable))
+    return {path: a.adapters[name] for path, a in adapted_modules if a is not None and name in a.adapters}
 
 
 def adaptations(model: Module) -> list[Adaptation]:
@@ -219,10 +220,6 @@ def _product(model: Module, layer: Any) -> Any:
         if isinstance(m, PackedLinear) and any(b is layer for b in m.blocks.values()):
             return m
     return layer
-
-
-def _parts(layer: Any) -> list[Any]:
-    return [part for _, part in layer.parts()] if isinstance(layer, Linear) else [layer]
 
 
 def _arrays(layer: Any) -> list[Any]:

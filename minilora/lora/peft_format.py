@@ -102,10 +102,12 @@ def existing(directory: str | os.PathLike[str]) -> Path:
 
 
 def kind_of(folder: Path) -> str:
-    """What a folder says it holds: PEFT's peft_type, or "DORA" for a LORA with use_dora; "" if that cannot be read."""
+    """PEFT's peft_type of a folder, or of a LORA "DORA" with use_dora, "LORA_BIAS" with biases; "" if it cannot be read."""
     with suppress(OSError, ValueError, RecursionError, AttributeError):
         found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return "DORA" if found.get("use_dora") is True and found["peft_type"] == "LORA" else str(found.get("peft_type"))
+        biased = found.get("lora_bias") is True or found.get("bias") in ("lora_only", "all")
+        own = "DORA" if found.get("use_dora") is True else "LORA_BIAS" if biased else "LORA"
+        return own if found.get("peft_type") == "LORA" else str(found.get("peft_type"))
     return ""
 
 

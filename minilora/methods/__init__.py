@@ -11,6 +11,7 @@ from .houlsby import Houlsby, HoulsbyConfig
 from .ia3 import IA3, IA3Config
 from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
+from .lora_bias import LoRABias, LoRABiasEmbedding, OwnBias
 from .lora_fa import LoRAFA, LoraFAConfig, LoRAFAdamW
 from .lora_plus import loraplus_groups
 from .qlora import loftq, quantise
@@ -20,6 +21,6 @@ from .vera import VeRA, VeraConfig
 from .vera_files import VeraFormat
 
 __all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "DoRA", "FourBit", "FullConfig", "FullFineTuning",
-           "GateProx", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa", "LoHaConfig", "LoKr", "LoKrConfig", "LoRAFA",
-           "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA", "PiSSA", "RankAllocator", "SoRA", "SoRAConfig", "VeRA",
-           "VeraConfig", "VeraFormat", "loftq", "loraplus_groups", "quantise"]
+           "GateProx", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa", "LoHaConfig", "LoKr", "LoKrConfig", "LoRABias",
+           "LoRABiasEmbedding", "LoRAFA", "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA", "OwnBias", "PiSSA", "RankAllocator",
+           "SoRA", "SoRAConfig", "VeRA", "VeraConfig", "VeraFormat", "loftq", "loraplus_groups", "quantise"]

@@ -19,6 +19,7 @@ from ..backend import device_of, host_rng, to_device, to_host
 from ..lora import METHODS, Adapter, adapters_of, add_adapter
 from ..lora.config import by_pattern, find_targets, module_names
 from ..lora.files import LOADERS, SAVERS, TASKS, shortest, wanted_modules
+from ..lora.layer import beside
 from ..lora.peft_format import CONFIG, NEUTRAL, PREFIX, WEIGHTS, by_module, existing, read_safetensors, write_folder
 from ..nn import Embedding, Linear, Transformer
 from ..nn.names import file_names, stored_transposed
@@ -55,7 +56,7 @@ class FileFormat:
         """Write an adapter. Raises ValueError for one that the files cannot hold, OSError if they cannot be written."""
         adapters, config, cfg = adapters_of(model, name), model.adapter_configs[name], model.cfg
         names = module_names(model)
-        files = file_names(cfg) or {path: path for path in names}
+        files = file_names(cfg) or {path: path for path in (*names, *adapters)}
         if nameless := adapters.keys() - files.keys():
             raise ValueError(f"{min(nameless)} has no name of its own in the files of {cfg.model_type} models: target a module "
                              "that the files have (GPT-2: qkv_proj; others: q_proj, k_proj, v_proj)")
@@ -63,20 +64,21 @@ class FileFormat:
             raise ValueError(f"adapter {name!r} has a strength other than 1, which these files cannot hold: "
                              "set_scale(model, name, 1.0) before saving")
         whole = {path for path, adapter in adapters.items() if not hasattr(adapter, "leaves")}
-        own = {files[path] for path in adapters.keys() - whole}
+        targets = {path for path in adapters.keys() - whole if not getattr(adapters[path], "beside", False)}
         options: dict[str, Any] = {key: getattr(config, key) for key in self.options if key not in BY_MODULE}
         for key, pattern in ("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"), ("alpha", "alpha_pattern"):
             if key in self.options:
                 found = getattr(config, pattern, {}), getattr(config, key)
                 usual, others = by_module({files[path]: by_pattern(found[0], names[path], found[1])
-                                           for path in adapters.keys() - whole})
+                                           for path in targets})
                 options |= {key: usual} | ({pattern: others} if pattern in self.options else {})
         head, modules = str(cfg.head), {files[path]: adapter for path, adapter in adapters.items() if path not in whole}
         if self.layout:
             options["fan_in_fan_out"] = any(stored_transposed(cfg, f) for f in files.values())
         options |= {**self.fixed, "peft_type": self.peft_type or self.kind, "inference_mode": True,
                     "task_type": TASKS[head] if cfg.causal or head != "lm" else None, "base_model_name_or_path": base_model,
-                    "target_modules": shortest(own, {files[p] for p in names.keys() & files.keys() - whole}),
+                    "target_modules": shortest({files[p] for p in targets},
+                                               {files[p] for p in names.keys() & files.keys() - whole}),
                     "modules_to_save": sorted(files[path] for path in whole) or None,
                     **({} if cfg.model_type else {"module_names": "minilora"}),
                     **self.own_options(modules)}
@@ -108,8 +110,12 @@ class FileFormat:
                                  for path, known, layer in find_targets(model, config)}
         trial |= {path: METHODS["replace", _kind(layers[path])](layers[path], config, names[path], host_rng(0))
                   for path in saved}
+        for path, (_, adapter) in beside(model, config, [layers[path] for path in trial], host_rng(0)).items():
+            trial[path], files[path] = adapter, file_names(model.cfg)[path] if theirs else path
         expected = {f"{PREFIX}{files[path]}.{leaf}": (path, leaf, p) for path, adapter in trial.items()
                     for leaf, p in leaves_of(adapter).items()}
+        held = {f"{PREFIX}{file}": layers[path] for path, file in files.items()}
+        tensors = {key: value for key, value in tensors.items() if key in expected or not self.is_copy(key, value, held)}
         if expected.keys() != tensors.keys():
             odd = min(expected.keys() ^ tensors.keys())
             known = odd.removeprefix(PREFIX).rpartition(".")[0] in ours
@@ -129,6 +135,10 @@ class FileFormat:
         for path, adapter in adapters_of(model, name).items():
             for leaf, p in leaves_of(adapter).items():
                 p.data[...] = to_device(values[path][leaf], device_of(p.data).name)
+
+    def is_copy(self, key: str, value: np.ndarray, layers: dict[str, Any]) -> bool:
+        """Whether a tensor that is not expected only repeats what the base (its layers, by key) or another tensor holds."""
+        return False
 
     def to_config(self, options: dict[str, Any], tensors: dict[str, np.ndarray], folder: Path) -> Any:
         """The config that the options mean; it may take tensors that belong to no module out of `tensors`."""

@@ -2,9 +2,9 @@
 
 from .config import TransformerConfig
 from .generate import generate, stream
-from .layers import Dropout, Embedding, LayerNorm, Linear, PackedLinear, RMSNorm
+from .layers import Adaptable, Dropout, Embedding, LayerNorm, Linear, PackedLinear, RMSNorm
 from .module import Module, Parameter
 from .transformer import Transformer
 
-__all__ = ["Dropout", "Embedding", "LayerNorm", "Linear", "Module", "PackedLinear", "Parameter", "RMSNorm", "Transformer",
-           "TransformerConfig", "generate", "stream"]
+__all__ = ["Adaptable", "Dropout", "Embedding", "LayerNorm", "Linear", "Module", "PackedLinear", "Parameter", "RMSNorm",
+           "Transformer", "TransformerConfig", "generate", "stream"]

@@ -1,7 +1,7 @@
 """The layers with weights: Linear, PackedLinear, Embedding, LayerNorm, RMSNorm; and Dropout.
 
-A Linear or Embedding carries at most one `adaptation`: the object, made by lora/, that computes the layer's output when
-adapters are on it. This file knows nothing more about adapters than that.
+A Linear, Embedding or LayerNorm carries at most one `adaptation`: the object, made by lora/, that computes the layer's output
+when adapters are on it. This file knows nothing more about adapters than that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from ..backend import Array, to_device
 from .module import Module, Parameter
 
 
-class Linear(Module):
+class Adaptable(Module):
+    """A layer that adapters may sit on."""
+
+    adaptation: Any = None
+
+    def parts(self) -> list[tuple[slice, Any]]:
+        """(rows of the weight, the layer that owns them): itself, and for a packed layer its blocks."""
+        return [(slice(0, self.weight.shape[0]), self)]
+
+
+class Linear(Adaptable):
     """y = x Wᵀ + b with weight (out, in), an array or a Parameter to share, and bias (out,) or None.
 
     In place of a Parameter the weight may be a frozen one with shape, compute_dtype (of x and y), dense(), linear(x) and
@@ -27,7 +37,6 @@ class Linear(Module):
         is_array = hasattr(weight, "dtype") and not isinstance(weight, Parameter)
         self.weight: Any = Parameter(weight) if is_array else weight
         self.bias: Any = None if bias is None else Parameter(bias)
-        self.adaptation: Any = None
 
     @property
     def dtype(self) -> Any:
@@ -38,10 +47,6 @@ class Linear(Module):
     def plain(self) -> bool:
         """Whether the output is just x Wᵀ + b: a dense weight, and no adapter at work."""
         return isinstance(self.weight, Parameter) and (self.adaptation is None or not self.adaptation.terms())
-
-    def parts(self) -> list[tuple[slice, Linear]]:
-        """(rows of the product, the layer that owns them): for a plain layer, itself."""
-        return [(slice(0, self.weight.shape[0]), self)]
 
     def forward(self, x: Tensor) -> Tensor:                        # (..., in) -> (..., out)
         if self.adaptation is not None:
@@ -61,7 +66,6 @@ class PackedLinear(Linear):
         self.blocks = {}
         for name, block in self._slices().items():
             self.blocks[name] = Linear(weight[block], None if bias is None else bias[block])
-        self.adaptation: Any = None
 
     def _slices(self) -> dict[str, slice]:
         slices, start = {}, 0
@@ -85,7 +89,7 @@ class PackedLinear(Linear):
         trained = any(b.requires_grad for b in biases)
         return RowBlocks(self.packed_bias)(*biases) if trained else Tensor(self.packed_bias)
 
-    def parts(self) -> list[tuple[slice, Linear]]:
+    def parts(self) -> list[tuple[slice, Any]]:
         slices = self._slices()
         return [(slice(0, self.packed_weight.shape[0]), self), *((slices[n], b) for n, b in self.blocks.items())]
 
@@ -107,12 +111,11 @@ class PackedLinear(Linear):
         self._view_blocks()
 
 
-class Embedding(Module):
+class Embedding(Adaptable):
     """Rows of a table: ids (...), integers on the host, where they are checked -> (..., D). weight (V, D)."""
 
     def __init__(self, weight: Array) -> None:
         self.weight = Parameter(weight)
-        self.adaptation: Any = None
 
     def forward(self, ids: Array) -> Tensor:
         if self.adaptation is not None:
@@ -120,7 +123,7 @@ class Embedding(Module):
         return embedding(ids, self.weight)
 
 
-class LayerNorm(Module):
+class LayerNorm(Adaptable):
     """Layer norm over the last axis, weight and bias (D,)."""
 
     def __init__(self, dim: int, eps: float, dtype: str) -> None:
@@ -129,7 +132,8 @@ class LayerNorm(Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+        y = layer_norm(x, self.weight, self.bias, self.eps)
+        return y if self.adaptation is None else self.adaptation.shift(y, self)
 
 
 class RMSNorm(Module):

@@ -7,8 +7,21 @@ import json
 
 import numpy as np
 import pytest
-from parity_twins import FORMS, TARGETS, classifier_of, close, in_peft, logits_of, peft, random_options, torch, twins
-from safetensors import safe_open
+from parity_twins import (
+    FORMS,
+    TARGETS,
+    classifier_of,
+    close,
+    in_peft,
+    keys_of,
+    logits_of,
+    peft,
+    random_options,
+    randomise_theirs,
+    randomised,
+    torch,
+    twins,
+)
 
 from minilora.lora import LoraConfig, adapters_of, add_adapter, set_scale
 from minilora.lora.files import load_adapter, read_adapter, save_adapter
@@ -21,29 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer is part:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True` as embedding layers found:UserWarning"),
 ]
-
-
-def randomise(parameters, rng):
-    for p in parameters:
-        p.data[...] = rng.standard_normal(p.shape) * 0.3
-
-
-def randomised(ours, rng, name="default"):
-    """Random values for all of an adapter of ours."""
-    for adapter in adapters_of(ours, name).values():
-        randomise([p for _, p in adapter.named_parameters()], rng)
-
-
-def randomise_theirs(wrapped, rng):
-    with torch.no_grad():
-        for p in wrapped.parameters():
-            if p.requires_grad:
-                p.copy_(torch.from_numpy(rng.standard_normal(p.shape) * 0.3))
-
-
-def keys_of(folder):
-    with safe_open(folder / "adapter_model.safetensors", "np") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}, file.metadata()      # noqa: SIM118
 
 
 @pytest.mark.parametrize(("name", "i"), CASES)
@@ -217,12 +207,11 @@ def test_our_table_of_options_is_pefts(tmp_path):
     assert {k: v for k, v in table.items() if k != "peft_version"} == \
         {k: v for k, v in defaults.items() if k not in ("peft_type", "peft_version")}
     ours = {f.name for f in dataclasses.fields(LoraConfig)}
-    assert ours & defaults.keys() == OPTIONS.keys() | {"use_dora"}
+    assert ours & defaults.keys() == OPTIONS.keys() | {"use_dora", "bias", "lora_bias"}
 
 
-@pytest.mark.filterwarnings(r"ignore:Adapter 'default'. \d+ LoRA tensor.s. have invalid shape")         # of its own lora_bias
 @pytest.mark.parametrize(("options", "named"), [
-    ({"lora_bias": True}, "lora_bias"), ({"bias": "all"}, "bias"),
+    ({"use_dora": True, "bias": "all"}, "bias"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"trainable_token_indices": [1, 3]}, "trainable_token_indices")])
 def test_what_we_lack_is_refused(options, named, tmp_path, rng):
     ours, theirs = twins("bert", "float32", n_labels=3)
