@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import product
 from typing import Any, ClassVar
 
 from ..nn import Embedding, Linear, PackedLinear, Transformer
@@ -73,9 +72,8 @@ class LoraConfig(TargetConfig):
 
     @property
     def method(self) -> str:
-        plain, start = "dora" if self.use_dora else "lora", self.init_lora_weights
-        plain = plain if start in (True, False, "gaussian") else f"{plain}:{str(start).partition('_')[0]}"
-        return plain if self.bias == "none" and not self.lora_bias else f"{plain}:bias"
+        start = "" if self.init_lora_weights in (True, False, "gaussian") else ":" + str(self.init_lora_weights).split("_")[0]
+        return ("dora" if self.use_dora else "lora") + start + (":bias" if self.lora_bias or self.bias != "none" else "")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,13 +84,11 @@ class LoraConfig(TargetConfig):
             raise ValueError(f"lora_alpha = {self.lora_alpha}, alpha_pattern = {self.alpha_pattern}: expected finite numbers")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ValueError(f"lora_dropout = {self.lora_dropout}: expected 0 <= p < 1")
-        if ":" in self.method.removesuffix(":bias") and (self.method.removesuffix(":bias"), Linear) not in METHODS:
+        if self.bias not in ("none", "lora_only", "all") or not isinstance(self.lora_bias, bool):
+            raise ValueError(f"bias = {self.bias!r}, lora_bias = {self.lora_bias!r}: expected none, lora_only or all; a bool")
+        if ":" in self.method and (self.method, Linear) not in METHODS:
             raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: expected True, False or 'gaussian', or without "
-                             "use_dora 'pissa', 'pissa_niter_N', 'milora' or 'olora'")
-        biases, known = (self.bias, self.lora_bias), product(("none", "lora_only", "all"), (False, True))
-        if biases not in known or (biases != ("none", False) and self.method != "lora:bias"):
-            raise ValueError(f"bias = {self.bias!r}, lora_bias = {self.lora_bias!r} for {self.method}: expected bias 'none', "
-                             "'lora_only' or 'all', lora_bias True or False, and both only with plain LoRA")
+                             "use_dora and biases 'pissa', 'pissa_niter_N', 'milora' or 'olora'; use_dora goes without biases")
 
     def rank(self, names: tuple[str, ...]) -> int:
         """The rank of the module that has these names."""
@@ -130,10 +126,7 @@ def find_targets(model: Transformer, config: TargetConfig) -> list[tuple[str, tu
                                  "a regex, or 'all-linear'")
     if config.exclude_modules is not None:
         chosen = {path for path in chosen if not matches(config.exclude_modules, candidates[path])}
-    if config.layers_to_transform is not None:
-        wanted = config.layers_to_transform
-        layers = {wanted} if isinstance(wanted, int) else set(wanted)
-        chosen = {path for path in chosen if path.startswith("layers.") and int(path.split(".")[1]) in layers}
+    chosen = in_layers(chosen, config.layers_to_transform)
     if not chosen:
         raise ValueError("no module is left to adapt: look at target_modules, exclude_modules and layers_to_transform")
     modules: dict[str, Any] = dict(model.named_modules())
@@ -175,6 +168,12 @@ def _all_linear(model: Transformer, candidates: dict[str, tuple[str, ...]]) -> s
         if packed == packed_in_files or not (packed or id(module) in blocks):
             chosen.add(path)
     return chosen
+
+
+def in_layers(paths: set[str], layers: list[int] | int | None) -> set[str]:
+    """The paths within these layers; None: all paths."""
+    numbers = [layers] if isinstance(layers, int) else layers
+    return {p for p in paths if numbers is None or (p.startswith("layers.") and int(p.split(".")[1]) in numbers)}
 
 
 def matches(target: list[str] | str, names: tuple[str, ...]) -> bool:

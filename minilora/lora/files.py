@@ -15,8 +15,8 @@ from ..autograd import no_grad
 from ..backend import device_of, to_device, to_host
 from ..nn import Embedding, PackedLinear, Transformer
 from ..nn.names import file_names, stored_transposed
-from .config import LoraConfig, find_targets, matches, module_names
-from .layer import adapted, strengthened
+from .config import LoraConfig, find_targets, in_layers, matches, module_names
+from .layer import adapted
 from .lora import Replacement
 from .model import adapters_of, add_adapter, disable_adapter
 from .peft_format import CONFIG, by_module, kind_of, read_adapter, saved_whole, to_lora_config, write_adapter
@@ -89,9 +89,7 @@ def save_adapter(model: Transformer, directory: str | os.PathLike[str], name: st
         for path, adapter in adapters.items():
             layer, factors = layers[path], adapter.factors()
             if isinstance(adapter, Replacement):
-                table = isinstance(layer, Embedding)
-                weight, bias = (strengthened(adapter, layer.weight), None) if table else adapted(
-                    layer, [(layer.parts()[0][0], adapter)])
+                weight, bias = adapted(layer, [(layer.parts()[0][0], adapter)])
                 W = to_host(weight).T if stored_transposed(model.cfg, files.get(path, path)) else to_host(weight)
                 entries[path] = {"weight": W} | ({} if bias is None else {"bias": to_host(bias)})
             elif factors is not None:
@@ -129,10 +127,8 @@ def wanted_modules(model: Transformer, options: dict[str, Any], files: dict[str,
     if not chosen:
         known = ", ".join(sorted({file.rpartition(".")[2] for file in files.values()}))
         raise ValueError(f"the adapter's target_modules {targets!r} are not in this model, which has {known}: is it the base?")
-    if layers is not None:
-        numbers = [layers] if isinstance(layers, int) else layers
-        chosen = {path for path in chosen if path.startswith("layers.") and int(path.split(".")[1]) in numbers}
-    return {path for path in chosen - saved if not (excluded and matches(excluded, (files[path],)))}, saved
+    chosen = in_layers(chosen, layers) - saved
+    return {path for path in chosen if not (excluded and matches(excluded, (files[path],)))}, saved
 
 
 def _fitted(model: Transformer, file: str, layer: Any, entry: dict[str, Any]) -> list[np.ndarray]:

@@ -130,17 +130,15 @@ class Adaptation(Module):
 
     def look_up(self, ids: Array, base: Embedding) -> Tensor:
         """Rows of the embedding (...) -> (..., D) with all the terms added."""
-        y = embedding(ids, base.weight)
-        for adapter, chosen in self.terms():
-            change = adapter.look_up_change(ids, base)
-            y = y + (change if chosen is None else change * _row_mask(y, chosen))
-        return y
-
+        return self._added(embedding(ids, base.weight), lambda adapter: adapter.look_up_change(ids, base))
 
     def shift(self, y: Tensor, base: LayerNorm) -> Tensor:         # (..., D) -> (..., D)
         """A norm's output with what the terms change of its bias."""
+        return self._added(y, lambda adapter: strengthened(adapter, base.bias, "adapted_bias") - base.bias)
+
+    def _added(self, y: Tensor, change_of: Callable[[Adapter], Tensor]) -> Tensor:
         for adapter, chosen in self.terms():
-            change = strengthened(adapter, base.bias, "adapted_bias") - base.bias
+            change = change_of(adapter)
             y = y + (change if chosen is None else change * _row_mask(y, chosen))
         return y
 
@@ -194,11 +192,6 @@ def strengthened(adapter: Adapter, old: Tensor, what: str = "adapted_weight") ->
     """The adapted weight (or bias) with the adapter's strength: W + strength (adapted_weight(W) - W)."""
     changed = getattr(adapter, what)(old)
     return changed if changed is old or adapter.strength == 1.0 else old + (changed - old) * adapter.strength
-
-
-def beside(model: Any, config: Any, taken: list[Any], rng: np.random.Generator) -> dict[str, Any]:
-    """Path -> (layer, Adapter) of what a config's method puts on further layers than those already taken."""
-    return BESIDE[config.method](model, config, taken, rng) if config.method in BESIDE else {}
 
 
 def changes(adapter: Adapter, what: str) -> bool:

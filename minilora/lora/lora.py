@@ -12,8 +12,24 @@ from ..nn import Embedding, Linear, Parameter
 from .layer import Adapter, register
 
 
+class LowRank(Adapter):
+    """What LoRA on a layer and on a table share: the rank, which must fit, and the scale."""
+
+    def __init__(self, layer: Linear | Embedding, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
+        super().__init__(layer, config, names, rng)
+        r, shape = config.rank(names), tuple(layer.weight.shape)
+        if r > min(shape):
+            raise ValueError(f"rank {r} on {names[0]} of shape {shape}: expected at most {min(shape)}")
+        self.base_scale = config.scale(names)
+
+    @property
+    def scale(self) -> Any:
+        """s, times the strength that set_scale has set."""
+        return self.base_scale * self.strength
+
+
 @register("lora")
-class LoRA(Adapter):
+class LoRA(LowRank):
     """W' = W + s·B@A,   s = α/r (or α/√r).   Trains A (r, in) and B (out, r); W is frozen.
 
     A starts uniform in ±1/√in (variance 1/(3·in)), B at zero: so ΔW = 0 exactly at the start, and the first gradient of A is
@@ -22,19 +38,10 @@ class LoRA(Adapter):
 
     def __init__(self, layer: Linear, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
         super().__init__(layer, config, names, rng)
-        d_out, d_in = layer.weight.shape
-        r, dtype = config.rank(names), layer.dtype
-        if r > min(d_out, d_in):
-            raise ValueError(f"rank {r} on {names[0]} of shape ({d_out}, {d_in}): expected at most {min(d_out, d_in)}")
-        self.base_scale, self.dropout = config.scale(names), config.lora_dropout
-        A, B = initial_factors(config.init_lora_weights, d_out, d_in, r, rng)
-        self.lora_A = Parameter(to_device(A.astype(dtype)))
-        self.lora_B = Parameter(to_device(B.astype(dtype)))
-
-    @property
-    def scale(self) -> Any:
-        """s, times the strength that set_scale has set."""
-        return self.base_scale * self.strength
+        self.dropout = config.lora_dropout
+        A, B = initial_factors(config.init_lora_weights, *layer.weight.shape, config.rank(names), rng)
+        self.lora_A = Parameter(to_device(A.astype(layer.dtype)))
+        self.lora_B = Parameter(to_device(B.astype(layer.dtype)))
 
     def adapted_weight(self, W: Tensor) -> Tensor:         # (out, in) -> (out, in)
         return W + matmul(self.lora_B, self.lora_A) * self.base_scale
@@ -44,7 +51,7 @@ class LoRA(Adapter):
 
 
 @register("lora", Embedding)
-class LoRAEmbedding(Adapter):
+class LoRAEmbedding(LowRank):
     """E' = E + s·(B@A)ᵀ for a table E (V, D).   Trains A (r, V), starting at zero, and B (D, r), starting normal(0, 1).
 
     With init_lora_weights False A is random too.
@@ -52,18 +59,10 @@ class LoRAEmbedding(Adapter):
 
     def __init__(self, layer: Embedding, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
         super().__init__(layer, config, names, rng)
-        V, D = layer.weight.shape
-        r, dtype = config.rank(names), layer.weight.dtype
-        if r > min(V, D):
-            raise ValueError(f"rank {r} on {names[0]} of shape ({V}, {D}): expected at most {min(V, D)}")
-        self.base_scale = config.scale(names)
+        (V, D), r, dtype = layer.weight.shape, config.rank(names), layer.weight.dtype
         A = rng.standard_normal((r, V)) * 0.02 if config.init_lora_weights is False else np.zeros((r, V))
         self.lora_embedding_A = Parameter(to_device(A.astype(dtype)))
         self.lora_embedding_B = Parameter(to_device(rng.standard_normal((D, r)).astype(dtype)))
-
-    @property
-    def scale(self) -> float:
-        return self.base_scale * self.strength
 
     def adapted_weight(self, W: Tensor) -> Tensor:         # (V, D) -> (V, D)
         return W + matmul(self.lora_embedding_B, self.lora_embedding_A).T * self.base_scale
@@ -85,9 +84,8 @@ class Replacement(Adapter):
 
     def __init__(self, layer: Linear | Embedding, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
         super().__init__(layer, config, names, rng)
-        bias = getattr(layer, "bias", None)
         self.weight = Parameter(layer.weight.data.copy())
-        self.bias = None if bias is None else Parameter(bias.data.copy())
+        self.bias = None if layer.bias is None else Parameter(layer.bias.data.copy())
 
     def adapted_weight(self, W: Tensor) -> Tensor:
         return self.weight

@@ -16,7 +16,7 @@ from ..autograd import Tensor, no_grad
 from ..backend import array_module, device_of, host_rng
 from ..nn import Adaptable, Embedding, Linear, Module, PackedLinear, Parameter, Transformer
 from .config import TargetConfig, find_targets, module_names
-from .layer import METHODS, Adaptation, adapted, beside, combine, working_terms
+from .layer import BESIDE, METHODS, Adaptation, adapted, working_terms
 
 
 def add_adapter(model: Transformer, config: TargetConfig, name: str = "default", seed: int = 0) -> None:
@@ -39,7 +39,8 @@ def add_adapter(model: Transformer, config: TargetConfig, name: str = "default",
         new.append((layer, kind(layer, config, names, rng)))
     for _, names, layer in _modules_to_save(model, config):
         new.append((layer, METHODS["replace", Linear](layer, config, names, rng)))
-    new += beside(model, config, [layer for layer, _ in new], rng).values()
+    if config.method in BESIDE:
+        new += BESIDE[config.method](model, config, [layer for layer, _ in new], rng).values()
     device = device_of(model.embed.weight.data).name
     for layer, adapter in new:
         for part in _product(model, layer), layer:
@@ -75,7 +76,7 @@ def delete_adapter(model: Transformer, name: str) -> None:
         layer.adaptation.adapters.pop(name, None)
         layer.adaptation.active = [n for n in layer.adaptation.active if n != name]
     for layer in layers:
-        if not any(part.adaptation is not None and part.adaptation.adapters for _, part in layer.parts()):
+        if not any(adaptation.adapters for adaptation in _hung_on(layer)):
             layer.adaptation = None
 
 
@@ -126,7 +127,7 @@ def merge_adapter(model: Transformer) -> None:
             if not isinstance(layer.weight, Tensor):
                 raise ValueError("merge: got a quantised base weight, expected a dense one: rounding again loses the update")
             if len(values) != len(_arrays(layer)):
-                raise ValueError("merge: got a lora_bias on a layer without a bias, expected one to merge into: leave it unmerged")
+                raise ValueError("merge: got a lora_bias on a layer without a bias, expected one that has: leave it unmerged")
             if not all(bool(array_module(v).isfinite(v).all()) for v in values):
                 raise ValueError("merge: got NaN or infinite values in a merged weight, expected finite numbers: take an "
                                  "earlier checkpoint of the adapter")
@@ -135,9 +136,8 @@ def merge_adapter(model: Transformer) -> None:
         if layer in (model.embed, model.head) and model.head is not None and model.head.weight is model.embed.weight:
             model.head.weight = Parameter(layer.weight.data.copy(), requires_grad=False)
         saved = [a.copy() for a in _arrays(layer)]
-        for _, part in layer.parts():
-            if part.adaptation is not None:
-                part.adaptation.saved = saved
+        for adaptation in _hung_on(layer):
+            adaptation.saved = saved
         _write(layer, values)
 
 
@@ -146,9 +146,8 @@ def unmerge_adapter(model: Transformer) -> None:
     for layer in _products(model):
         if layer.adaptation.saved is not None:
             _write(layer, layer.adaptation.saved)
-            for _, part in layer.parts():
-                if part.adaptation is not None:
-                    part.adaptation.saved = None
+            for adaptation in _hung_on(layer):
+                adaptation.saved = None
             if layer in (model.embed, model.head) and model.head is not None and model.cfg.tie_embeddings:
                 model.head.weight = model.embed.weight
 
@@ -222,12 +221,16 @@ def _product(model: Module, layer: Any) -> Any:
     return layer
 
 
+def _hung_on(layer: Any) -> list[Adaptation]:
+    return [part.adaptation for _, part in layer.parts() if part.adaptation is not None]
+
+
 def _arrays(layer: Any) -> list[Any]:
     """The base's own arrays of a layer."""
     if isinstance(layer, PackedLinear):
         arrays = [layer.packed_weight, layer.packed_bias]
     else:
-        arrays = [layer.weight.data, None if getattr(layer, "bias", None) is None else layer.bias.data]
+        arrays = [layer.weight.data, None if layer.bias is None else layer.bias.data]
     return [a for a in arrays if a is not None]
 
 
@@ -238,9 +241,6 @@ def _write(layer: Any, values: list[Any]) -> None:
 
 def _merged(layer: Any) -> list[Any] | None:
     """The arrays that the layer has with its active adapters on, or None if none is at work."""
-    if isinstance(layer, Embedding):
-        W = combine(layer.weight, layer.weight, [adapter for adapter, _ in layer.adaptation.terms()])
-        return None if W is layer.weight else [W.data]
     terms = working_terms(layer)
     if not terms:
         return None

@@ -11,9 +11,10 @@ from .houlsby import Houlsby, HoulsbyConfig
 from .ia3 import IA3, IA3Config
 from .loha import LoHa, LoHaConfig
 from .lokr import LoKr, LoKrConfig
-from .lora_bias import LoRABias, LoRABiasEmbedding, OwnBias
+from .lora_bias import LoRABias, LoRABiasEmbedding
 from .lora_fa import LoRAFA, LoraFAConfig, LoRAFAdamW
 from .lora_plus import loraplus_groups
+from .own_bias import OwnBias
 from .qlora import loftq, quantise
 from .residual import MiLoRA, OLoRA, PiSSA
 from .sora import GateProx, SoRA, SoRAConfig

@@ -14,6 +14,7 @@ from ..lora import LoRA, LoraConfig, register
 from ..lora.peft_format import LACKING, PREFIX
 from ..nn import Linear, Parameter
 from .files import FileFormat
+from .own_bias import without_biases
 
 OPTIONS = ("lora_alpha", "lora_dropout", "init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2",
            "orth_reg_weight", "total_step")
@@ -46,6 +47,7 @@ class AdaLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        without_biases(self)
         if not 1 <= self.target_r <= self.init_r:
             raise ValueError(f"target_r = {self.target_r} with init_r = {self.init_r}: expected 1 <= target_r <= init_r")
         if not isinstance(self.total_step, int) or not 0 <= self.tinit < self.total_step - self.tfinal <= self.total_step:

@@ -19,7 +19,7 @@ from ..backend import device_of, host_rng, to_device, to_host
 from ..lora import METHODS, Adapter, adapters_of, add_adapter
 from ..lora.config import by_pattern, find_targets, module_names
 from ..lora.files import LOADERS, SAVERS, TASKS, shortest, wanted_modules
-from ..lora.layer import beside
+from ..lora.layer import BESIDE
 from ..lora.peft_format import CONFIG, NEUTRAL, PREFIX, WEIGHTS, by_module, existing, read_safetensors, write_folder
 from ..nn import Embedding, Linear, Transformer
 from ..nn.names import file_names, stored_transposed
@@ -110,8 +110,10 @@ class FileFormat:
                                  for path, known, layer in find_targets(model, config)}
         trial |= {path: METHODS["replace", _kind(layers[path])](layers[path], config, names[path], host_rng(0))
                   for path in saved}
-        for path, (_, adapter) in beside(model, config, [layers[path] for path in trial], host_rng(0)).items():
-            trial[path], files[path] = adapter, file_names(model.cfg)[path] if theirs else path
+        if config.method in BESIDE:
+            taken = [layers[path] for path in trial]
+            for path, (_, adapter) in BESIDE[config.method](model, config, taken, host_rng(0)).items():
+                trial[path], files[path] = adapter, file_names(model.cfg)[path] if theirs else path
         expected = {f"{PREFIX}{files[path]}.{leaf}": (path, leaf, p) for path, adapter in trial.items()
                     for leaf, p in leaves_of(adapter).items()}
         held = {f"{PREFIX}{file}": layers[path] for path, file in files.items()}

@@ -6,7 +6,6 @@ of them: the base stays as it is, adapters do not disturb each other, and the fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,12 +13,11 @@ import numpy as np
 
 from ..autograd import Tensor, dropout, linear, lora_linear
 from ..backend import to_device, to_host
-from ..lora import Adapter, LoRA, LoraConfig, LoRAEmbedding, register
-from ..lora.layer import BESIDE
+from ..lora import LoRA, LoraConfig, LoRAEmbedding, register
 from ..lora.peft_format import OPTIONS, read_config
-from ..nn import Adaptable, Embedding, LayerNorm, Linear, PackedLinear, Parameter, Transformer
-from ..nn.names import file_names
+from ..nn import Embedding, Linear, Parameter
 from .files import FileFormat
+from .own_bias import own_bias
 
 
 @register("lora:bias")
@@ -69,49 +67,6 @@ class LoRABiasEmbedding(LoRAEmbedding):
         if config.lora_bias:
             raise ValueError(f"lora_bias on {names[0]}, an embedding table: expected linear layers only; leave it out of "
                              "target_modules")
-
-
-class OwnBias(Adapter):
-    """b' is a parameter of its own, which starts as a copy of b, on a linear layer or layer norm that has no LoRA.
-
-    beside: it is on no target of the config.
-    """
-
-    leaves: ClassVar[dict[str, str]] = {"bias": "bias"}
-    beside: ClassVar[bool] = True
-
-    def __init__(self, layer: Linear | LayerNorm, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
-        self.rng = rng
-        self.bias = own_bias(layer)
-
-    def adapted_bias(self, b: Tensor | None) -> Tensor | None:     # (out,) -> (out,)
-        return self.bias
-
-
-def own_bias(layer: Linear | LayerNorm) -> Parameter | None:       # -> (out,)
-    """A copy of a layer's bias, to be trained; None without one."""
-    return None if layer.bias is None else Parameter(layer.bias.data.copy())
-
-
-def other_biases(model: Transformer, config: LoraConfig, taken: Sequence[Any], rng: np.random.Generator) -> dict[str, Any]:
-    """Path -> (layer, OwnBias), for bias="all": of every layer with a bias, layer norms too, but those already taken.
-
-    q, k and v count as the files have them, packed or apart; apart too where one of them is taken.
-    """
-    if config.bias != "all":
-        return {}
-    modules, files = dict(model.named_modules()), file_names(model.cfg)
-    left_out = {id(layer) for layer in taken}
-    for path, module in modules.items():
-        if isinstance(module, PackedLinear):
-            blocks = {id(block) for block in module.blocks.values()}
-            packed = id(module) in left_out or (path in files and not blocks & left_out)
-            left_out |= blocks if packed else {id(module)}
-    return {path: (module, OwnBias(module, config, (path,), rng)) for path, module in modules.items()
-            if isinstance(module, Adaptable) and getattr(module, "bias", None) is not None and id(module) not in left_out}
-
-
-BESIDE["lora:bias"] = other_biases
 
 
 class LoRABiasFormat(FileFormat):

@@ -10,6 +10,7 @@ from ..backend import Array, array_module
 from ..lora import LoRA, LoraConfig, register
 from ..nn import Module
 from ..training import AdamW
+from .own_bias import without_biases
 
 
 @dataclass(kw_only=True)
@@ -17,6 +18,10 @@ class LoraFAConfig(LoraConfig):
     """LoRA with a frozen A: the options are LoRA's."""
 
     method: ClassVar[str] = "lora-fa"                      # type: ignore[assignment]  # in the place of LoRA's property
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        without_biases(self)
 
 
 @register("lora-fa")

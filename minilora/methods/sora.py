@@ -11,6 +11,7 @@ from ..autograd import Tensor, matmul
 from ..backend import Array, array_module, to_device, to_host
 from ..lora import LoRA, LoraConfig, adapters_of, register
 from ..nn import Linear, Parameter, Transformer
+from .own_bias import without_biases
 
 
 @dataclass(kw_only=True)
@@ -23,6 +24,7 @@ class SoRAConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        without_biases(self)
         if not self.sparse_lambda >= 0.0 or self.use_dora:
             raise ValueError(f"sparse_lambda = {self.sparse_lambda}, use_dora = {self.use_dora}: expected >= 0, and no DoRA")
 

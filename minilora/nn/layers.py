@@ -20,6 +20,7 @@ class Adaptable(Module):
     """A layer that adapters may sit on."""
 
     adaptation: Any = None
+    bias: Any = None
 
     def parts(self) -> list[tuple[slice, Any]]:
         """(rows of the weight, the layer that owns them): itself, and for a packed layer its blocks."""
@@ -36,7 +37,7 @@ class Linear(Adaptable):
     def __init__(self, weight: Any, bias: Array | None = None) -> None:
         is_array = hasattr(weight, "dtype") and not isinstance(weight, Parameter)
         self.weight: Any = Parameter(weight) if is_array else weight
-        self.bias: Any = None if bias is None else Parameter(bias)
+        self.bias = None if bias is None else Parameter(bias)
 
     @property
     def dtype(self) -> Any:
@@ -49,9 +50,7 @@ class Linear(Adaptable):
         return isinstance(self.weight, Parameter) and (self.adaptation is None or not self.adaptation.terms())
 
     def forward(self, x: Tensor) -> Tensor:                        # (..., in) -> (..., out)
-        if self.adaptation is not None:
-            return self.adaptation.forward(x, self)
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias) if self.adaptation is None else self.adaptation.forward(x, self)
 
 
 class PackedLinear(Linear):
@@ -118,9 +117,7 @@ class Embedding(Adaptable):
         self.weight = Parameter(weight)
 
     def forward(self, ids: Array) -> Tensor:
-        if self.adaptation is not None:
-            return self.adaptation.look_up(ids, self)
-        return embedding(ids, self.weight)
+        return embedding(ids, self.weight) if self.adaptation is None else self.adaptation.look_up(ids, self)
 
 
 class LayerNorm(Adaptable):
