@@ -38,8 +38,8 @@ class LoRA(LowRank):
 
     def __init__(self, layer: Linear, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
         super().__init__(layer, config, names, rng)
-        self.dropout = config.lora_dropout
-        A, B = initial_factors(config.init_lora_weights, *layer.weight.shape, config.rank(names), rng)
+        (d_out, d_in), self.dropout = layer.weight.shape, config.lora_dropout
+        A, B = initial_factors(config.init_lora_weights, d_out, d_in, config.rank(names), rng)
         self.lora_A = Parameter(to_device(A.astype(layer.dtype)))
         self.lora_B = Parameter(to_device(B.astype(layer.dtype)))
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..autograd import Tensor
 from ..lora import Adapter, LoraConfig
 from ..lora.layer import BESIDE
-from ..nn import Adaptable, LayerNorm, Linear, PackedLinear, Parameter, Transformer
+from ..nn import Adaptable, PackedLinear, Parameter, Transformer
 from ..nn.names import file_names
 
 
@@ -26,7 +26,7 @@ class OwnBias(Adapter):
     leaves: ClassVar[dict[str, str]] = {"bias": "bias"}
     beside: ClassVar[bool] = True
 
-    def __init__(self, layer: Linear | LayerNorm, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
+    def __init__(self, layer: Any, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
         self.rng = rng
         self.bias = own_bias(layer)
 
@@ -34,7 +34,7 @@ class OwnBias(Adapter):
         return self.bias
 
 
-def own_bias(layer: Linear | LayerNorm) -> Parameter | None:       # -> (out,)
+def own_bias(layer: Any) -> Parameter | None:       # -> (out,)
     """A copy of a layer's bias, to be trained; None without one."""
     return None if layer.bias is None else Parameter(layer.bias.data.copy())
 

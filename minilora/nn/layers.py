@@ -22,7 +22,7 @@ class Adaptable(Module):
     adaptation: Any = None
     bias: Any = None
 
-    def parts(self) -> list[tuple[slice, Any]]:
+    def parts(self: Any) -> list[tuple[slice, Any]]:
         """(rows of the weight, the layer that owns them): itself, and for a packed layer its blocks."""
         return [(slice(0, self.weight.shape[0]), self)]
 
