@@ -110,33 +110,29 @@ class LoRALinear(Op):
             self.formed = formable and _forming_pays(x2.shape[-2], A, sB)
         elif self.formed and not formable:
             raise ValueError("formed=True with a mask on the branch or a base that is not dense: leave it None, or use False")
-        multiply = kernels(x).matmul
-        U = None
+        multiply, U = kernels(x).matmul, None
         if self.formed:
-            W_eff = kernels(x).add_products(W, [(block, s_B, a) for block, s_B, a in zip(self.blocks, sB, A, strict=True)])
-            y = multiply(x2, W_eff, tb=True) if groups else kernels(x).linear(x2, W_eff, b)
-            self.keep(x if self.needs[1] or any(self.needs[3:]) else None, W_eff, sB, A, None)
+            W = kernels(x).add_products(W, [(block, s_B, a) for block, s_B, a in zip(self.blocks, sB, A, strict=True)])
+            y = multiply(x2, W, tb=True) if groups else kernels(x).linear(x2, W, b)
         else:
             y = rows(product(rows(x), W, b), groups)
             U = [multiply(masked(x, m, groups), a, tb=True) for a, m in zip(A, self.masks, strict=True)]
             for u, s_B, block in zip(U, sB, self.blocks, strict=True):
                 y[..., block] += multiply(u, s_B, tb=True)
-            self.keep(x if self.needs[1] or any(self.needs[3::2]) else None, W, sB, A, U)
+        self.keep(x if self.needs[1] or any(self.needs[3 :: 1 if self.formed else 2]) else None, W, sB, A, U)
         if b is not None and self.formed and groups:
             y += b
         return y.reshape((*x.shape[:-1], y.shape[-1]))
 
     def backward(self, dy):                                     # (..., out)
         x, W, sB, A, U = self.kept
-        groups = A[0].shape[:-2]
-        K = kernels(dy)
+        K, groups = kernels(dy), A[0].shape[:-2]
         multiply = K.matmul
         dy2 = rows(dy, groups)
         needs_A, needs_B = self.needs[3::2], self.needs[4::2]
         if U is None:
             U = [multiply(rows(x, groups), a, tb=True) if need else None for a, need in zip(A, needs_B, strict=True)]
-        branch = self.needs[0] and not self.formed
-        Z = [K.columns_product(dy2, block, s_B) if need or branch else None                     # (n, r)
+        Z = [K.columns_product(dy2, block, s_B) if need or (self.needs[0] and not self.formed) else None       # (n, r)
              for block, s_B, need in zip(self.blocks, sB, needs_A, strict=True)]
 
         dx, shape = None, (*dy.shape[:-1], A[0].shape[-1])
@@ -147,14 +143,13 @@ class LoRALinear(Op):
             for z, a, m in zip(Z, A, self.masks, strict=True):
                 term = multiply(z, a).reshape(shape)
                 dx += term if m is None else term * m
-        dW = multiply(rows(dy), rows(x), ta=True) if self.needs[1] else None
-        db = rows(dy).sum(axis=0) if self.needs[2] else None
 
-        gradients = []
+        gradients = [multiply(rows(dy), rows(x), ta=True) if self.needs[1] else None,                      # W̄, b̄
+                     rows(dy).sum(axis=0) if self.needs[2] else None]
         for j, (s, m, block) in enumerate(zip(self.scales, self.masks, self.blocks, strict=True)):
             gradients.append(multiply(Z[j], masked(x, m, groups), ta=True) if needs_A[j] else None)
             gradients.append(times(s, K.columns_product_t(dy2, block, U[j])) if needs_B[j] else None)
-        return dx, dW, db, *gradients
+        return dx, *gradients
 
 
 def rows(x: Any, groups: tuple[int, ...] = ()) -> Any:
@@ -186,6 +181,5 @@ def product_grad(dy: Any, W: Any) -> Any:
 
 def _forming_pays(n: int, A: Any, B: Any) -> bool:
     """Counted multiply-adds: forming costs Σ r·in·out, and has to save twice that, Σ n r (in + out)."""
-    forming = sum(a.shape[-2] * a.shape[-1] * b.shape[-2] for a, b in zip(A, B, strict=True))
-    saved = sum(n * a.shape[-2] * (a.shape[-1] + b.shape[-2]) for a, b in zip(A, B, strict=True))
-    return saved > 2 * forming
+    return sum(a.shape[-2] * (n * (a.shape[-1] + b.shape[-2]) - 2 * a.shape[-1] * b.shape[-2])
+               for a, b in zip(A, B, strict=True)) > 0
