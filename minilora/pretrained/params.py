@@ -27,13 +27,17 @@ PARTS = ("weights", "gradients", "optimizer", "activations")
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted layer as a method sees it: W (out, in) with or without a bias, and the rank. n: tokens in a batch."""
+    """One adapted layer as a method sees it: W (out, in) with or without a bias, and the rank. n: tokens in a batch.
+
+    rows: of the weight that is formed with the update in it. q, k and v have one together, counted with the first of them.
+    """
 
     out: int
     inn: int
     bias: bool
     r: int
     n: int
+    rows: int = 0
     on_input: bool = False                                 # IA3: whether the input is rescaled
 
 
@@ -46,18 +50,24 @@ class Form:
     kept: Callable[[Layer], Kept] = lambda l: Kept(True)
 
 
-def _branch(l: Layer) -> int:
-    """sB, and U = x Aᵀ (n, r), unless W + s·B@A is formed and U computed again."""
-    return l.r * l.out + (l.r * l.n if l.n <= l.inn else 0)
+def _formed(l: Layer) -> bool:
+    """Whether the product is by W + s·B@A, as autograd/linear.py counts."""
+    return l.n * (l.out + l.inn) > 2 * l.out * l.inn
+
+
+def _branch(l: Layer, times: int = 1) -> int:
+    """sB, and W + s·B@A where it is formed, else U = x Aᵀ (n, r); at `times` the rank."""
+    return times * l.r * l.out + (l.rows * l.inn if _formed(l) else times * l.r * l.n)
 
 
 LORA = Form(lambda l: l.r * (l.out + l.inn), kept=lambda l: Kept(True, _branch(l)))
 FORMS: dict[str, Form] = {
     "lora": LORA,
-    **{f"lora:{start}": replace(LORA, frozen=LORA.trained, kept=lambda l: Kept(True, 2 * (_branch(l) + l.r * l.inn)))  # B₀, A₀
+    **{f"lora:{start}": replace(LORA, frozen=LORA.trained, kept=lambda l: Kept(True, _branch(l, 2) + 2 * l.r * l.inn))  # B₀, A₀
        for start in ("pissa", "milora", "olora")},
-    "dora": Form(lambda l: l.r * (l.out + l.inn) + l.out, kept=lambda l: Kept(True, _branch(l) + l.n * l.out)),
-    "lora-fa": Form(lambda l: l.r * l.out, lambda l: l.r * l.inn, lambda l: Kept(l.n > l.inn, _branch(l))),
+    "dora": Form(lambda l: l.r * (l.out + l.inn) + l.out,
+                 kept=lambda l: Kept(True, _branch(replace(l, rows=l.out)) + l.n * l.out)),
+    "lora-fa": Form(lambda l: l.r * l.out, lambda l: l.r * l.inn, lambda l: Kept(_formed(l), _branch(l))),
     "vera": Form(lambda l: l.r + l.out, kept=lambda l: Kept(True, l.r * (l.out + l.inn) + _branch(l))),
     "ia3": Form(lambda l: l.inn if l.on_input else l.out,
                 kept=lambda l: Kept(l.on_input, 0 if l.on_input else l.n * l.out)),
@@ -188,6 +198,9 @@ def _adapted(model: Outline, config: TargetConfig, n: int) -> Iterable[tuple[str
     if config.method not in FORMS:
         raise ValueError(f"method {config.method!r} is not counted here, expected one of {', '.join(FORMS)}: add_adapter and "
                          "count_parameters count any method on a real model")
+    packed = {id(block): whole for _, whole in model.named_modules() if isinstance(whole, PackedLinear)
+              for block in whole.blocks.values()}
+    counted: set[int] = set()                              # layers whose rows are
     for path, names, layer in find_targets(model, config):
         if (config.method, Embedding if isinstance(layer, Embedding) else Linear) not in METHODS:
             raise ValueError(f"method {config.method!r} cannot adapt {path}, a {type(layer).__name__}")
@@ -200,7 +213,10 @@ def _adapted(model: Outline, config: TargetConfig, n: int) -> Iterable[tuple[str
                              "models have no biases)")
         wanted = getattr(config, "feedforward_modules", None)
         on_input = isinstance(config, IA3Config) and matches(FEEDFORWARD if wanted is None else wanted, names)
-        yield path, FORMS[config.method], Layer(d, k, bias, r, n, on_input)
+        whole = packed.get(id(layer), layer)
+        rows = 0 if id(whole) in counted else whole.packed_weight.shape[0] if isinstance(whole, PackedLinear) else d
+        counted.add(id(whole))
+        yield path, FORMS[config.method], Layer(d, k, bias, r, n, rows, on_input)
     for path, _, layer in layers_to_save(model, config):
         d, k = layer.weight.shape
         yield path, FORMS["full"], Layer(d, k, getattr(layer, "bias", None) is not None, 0, n)
