@@ -50,9 +50,14 @@ from .methods import (
     LoKrConfig,
     LoraFAConfig,
     LoRAFAdamW,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     RankAllocator,
+    ShiraConfig,
     SoRAConfig,
+    TensorTrainConfig,
     VeraConfig,
+    VirtualTokens,
     loftq,
     loraplus_groups,
     quantise,
@@ -63,17 +68,19 @@ from .pretrained.analysis import analyze
 from .pretrained.edit import compose, resize
 from .pretrained.extract import extract
 from .pretrained.merge import merge_checkpoint
+from .pretrained.params import params
 from .training import TrainConfig, sweep, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaLoraConfig", "BitFitConfig", "FullConfig", "GateProx", "GradcheckError", "HoulsbyConfig", "IA3Config", "LoHaConfig",
-    "LoKrConfig", "LoRAFAdamW", "LoraConfig", "LoraFAConfig", "Module", "Parameter", "RankAllocator", "SoRAConfig", "Tensor",
-    "TrainConfig", "Transformer", "TransformerConfig", "VeraConfig", "add_adapter", "analyze", "array_module", "attention",
-    "compose", "count_parameters", "cross_entropy", "delete_adapter", "disable_adapter", "extract", "gelu", "gelu_tanh",
-    "generate", "gradcheck", "layer_norm", "left_padded", "linear", "load_adapter", "load_pretrained", "loftq", "log_softmax",
-    "lora_linear", "loraplus_groups", "merge_adapter", "merge_and_unload", "merge_checkpoint", "methods", "no_grad",
+    "LoKrConfig", "LoRAFAdamW", "LoraConfig", "LoraFAConfig", "Module", "Parameter", "PrefixTuningConfig", "PromptTuningConfig",
+    "RankAllocator", "ShiraConfig", "SoRAConfig", "Tensor", "TensorTrainConfig", "TrainConfig", "Transformer",
+    "TransformerConfig", "VeraConfig", "VirtualTokens", "add_adapter", "analyze", "array_module", "attention", "compose",
+    "count_parameters", "cross_entropy", "delete_adapter", "disable_adapter", "extract", "gelu", "gelu_tanh", "generate",
+    "gradcheck", "layer_norm", "left_padded", "linear", "load_adapter", "load_pretrained", "loftq", "log_softmax",
+    "lora_linear", "loraplus_groups", "merge_adapter", "merge_and_unload", "merge_checkpoint", "methods", "no_grad", "params",
     "quantise", "rank", "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter",
     "set_device", "set_scale", "silu", "softmax", "stream", "stream_text", "sweep", "swiglu", "tasks", "tensor", "to_device",
     "to_host", "train", "training", "unmerge_adapter",

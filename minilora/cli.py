@@ -22,6 +22,8 @@ from .pretrained.analysis import analyze
 from .pretrained.edit import compose, resize
 from .pretrained.extract import extract
 from .pretrained.merge import merge_checkpoint
+from .pretrained.outline import SHAPES
+from .pretrained.params import METHOD_NAMES, config_for, params
 from .studies import STUDIES, Options
 from .studies.common import writable_folder
 
@@ -77,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     _generate_verb(verbs)
     _file_verbs(verbs)
     _task_verbs(verbs)
+    _params_verb(verbs)
     return top
 
 
@@ -192,6 +195,20 @@ def _task_verbs(verbs: Any) -> None:
     _json(ask)
 
 
+def _params_verb(verbs: Any) -> None:
+    """What a method costs on a model, from shapes."""
+    verb = _verb(verbs, "params", _params, "count what a method trains and saves, and estimate the memory of training",
+                 "minilora params llama-2-7b --method lora --r 8 --targets q_proj v_proj")
+    verb.add_argument("model", help=f"a folder with config.json, such a file, a hub id, or one of {', '.join(SHAPES)}")
+    verb.add_argument("--method", default="lora", choices=METHOD_NAMES, help="full trains every parameter (default lora)")
+    verb.add_argument("--r", type=int, metavar="N", help="the rank (default: the method's own, 8 for LoRA)")
+    verb.add_argument("--targets", nargs="+", metavar="NAME", help="layers to adapt, or all-linear (default: the method's own)")
+    verb.add_argument("--batch", type=int, default=1, metavar="N", help="sequences in a batch (default 1)")
+    verb.add_argument("--tokens", type=int, metavar="N", help="tokens in a sequence (default 512, or the most it takes)")
+    verb.add_argument("--recompute", action="store_true", help="keep only the inputs of the layers")
+    _json(verb)
+
+
 def _json(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
 
@@ -289,6 +306,12 @@ def _predict(args: argparse.Namespace) -> None:
             print(f"{each.label}\t{each.score:.3f}\t{text}")
         else:
             print(each if isinstance(each, str) else " ".join(word if tag == "O" else f"{word}/{tag}" for word, tag in each))
+
+
+def _params(args: argparse.Namespace) -> None:
+    targets = args.targets[0] if args.targets == ["all-linear"] else args.targets
+    config = config_for(args.method, args.r, targets)
+    _print(params(args.model, config, batch=args.batch, tokens=args.tokens, recompute=args.recompute), args)
 
 
 def _reference(args: argparse.Namespace) -> None:

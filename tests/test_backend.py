@@ -243,7 +243,7 @@ def test_out_of_memory_in_training_says_what_to_change(device, how, monkeypatch)
     model = ml.Transformer(ml.TransformerConfig.gpt2(vocab_size=9, d_model=4, n_layers=1, n_heads=1), seed=0)
     config, settings = ml.LoraConfig(r=1, target_modules=["q_proj"]), ml.TrainConfig(steps=1, progress=False)
     batch = np.zeros((1, 3), int), np.zeros((1, 3), int)
-    monkeypatch.setattr(type(get_device(device).kernels), "cross_entropy", exhausted)
+    monkeypatch.setattr(type(get_device(device).kernels), "linear_cross_entropy", exhausted)
     with pytest.raises(MemoryError, match=TOO_LITTLE):
         if how == "train":
             ml.add_adapter(model, config)

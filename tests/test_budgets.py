@@ -73,9 +73,9 @@ def build(form, target, layers=2, **options):
     model = ml.Transformer(cfg, seed=0)
     ml.add_adapter(model, ml.LoraConfig(r=2, target_modules=TARGETS[target], init_lora_weights=False))
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, 19, (2, 5))
-    targets = rng.integers(0, 2 if cfg.n_labels else 19, 2 if cfg.head == "sequence" else (2, 5))
-    inputs = {"attention_mask": np.array([[1] * 5, [1, 1, 1, 0, 0]])} if form == "bert" else {}
+    ids = rng.integers(0, 19, (2, 8))                # 16 rows: adapted weights are formed
+    targets = rng.integers(0, 2 if cfg.n_labels else 19, 2 if cfg.head == "sequence" else (2, 8))
+    inputs = {"attention_mask": np.array([[1] * 8, [1] * 5 + [0] * 3])} if form == "bert" else {}
     return model, ids, targets, inputs
 
 

@@ -377,9 +377,9 @@ def test_a_base_that_multiplies_by_itself(device):
 
 
 def test_the_cheaper_order_is_chosen_and_a_wrong_wish_refused(device, put):
-    k, d, r = 4, 6, 2                                          # forming pays beyond n = k = 4 rows
+    k, d, r = 12, 6, 2                                         # forming pays beyond n = 2 · 72/18 = 8 rows
     W, A, B = (put(np.ones(s)) for s in ((d, k), (r, k), (d, r)))
-    for n, formed in ((4, False), (5, True)):
+    for n, formed in ((8, False), (9, True)):
         op = LoRALinear([1.0], [slice(0, d)], [None])
         op(put(np.ones((n, k))), W, None, A, B)
         assert op.formed is formed

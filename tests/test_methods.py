@@ -23,7 +23,9 @@ from minilora import (
     LoKrConfig,
     LoraConfig,
     LoraFAConfig,
+    ShiraConfig,
     SoRAConfig,
+    TensorTrainConfig,
     VeraConfig,
 )
 from minilora.autograd import gradcheck
@@ -106,6 +108,9 @@ CASES = {
     "lora-bias": Case(low_rank(lora_bias=True, lora_alpha=3), lambda d, k: 2 * (d + k) + d, thin=True),
     "lora-only-bias": Case(low_rank(bias="lora_only"), lambda d, k: 2 * (d + k) + d, thin=True, bias=True),
     "lora-both-biases": Case(low_rank(lora_bias=True, bias="lora_only"), lambda d, k: 2 * (d + k + d), thin=True, bias=True),
+    "shira": Case(other(ShiraConfig, r=1), lambda d, k: d + k),
+    "tt-lora": Case(other(TensorTrainConfig, r=2, order=2), lambda d, k: 2 * (small(d) + k // small(k))
+                    + 4 * (d // small(d) + small(k)), thin=True),
     "bitfit": Case(other(BitFitConfig), lambda d, k: d, bias=True),
     "houlsby": Case(other(HoulsbyConfig, bottleneck=3), lambda d, k: 2 * 3 * d + 3 + d, exact=False, merges=False),
     "full": Case(other(FullConfig), lambda d, k: d * k + d),
@@ -325,7 +330,7 @@ def test_only_a_thin_update_is_analysed(name):
 
 
 def test_every_registered_method_is_in_the_suite():
-    registered = {method for method, _ in METHODS} - {"replace"}
+    registered = {method for method, kind in METHODS if kind is Linear} - {"replace"}      # tables: test_virtual_tokens.py
     assert registered == {case.config(None).method for case in CASES.values()}
 
 

@@ -23,6 +23,7 @@ from minilora.autograd import GradcheckError, Op, Tensor, gradcheck, tensor
 from minilora.autograd.linear import LoRALinear
 from minilora.autograd.shaping import Dropout, RowBlocks
 from minilora.backend import array_module, device_of, get_device, to_device, to_host
+from minilora.methods.shira import AddAt
 
 _rng = np.random.default_rng(1)
 
@@ -344,6 +345,12 @@ CASES: dict[str, list[Case]] = {
         Case("scale", attend(scale=0.3), heads(1, 1, 1, 2, 3, 2)),
         Case("same tensor", lambda x: ag.attention(x, x, x, causal=True), (normal(1, 2, 3, 2),)),
         *(Case(f"frozen {i}", attend(), heads(1, 2, 1, 2, 2, 2), frozen=(i,)) for i in range(3)),
+    ],
+    "AddAt": [
+        Case("some places", lambda W, v: AddAt(constant(np.array([0, 3, 5, 11]), W).data)(W, v), (normal(3, 4), normal(4))),
+        Case("one", lambda W, v: AddAt(constant(np.array([0]), W).data)(W, v), (normal(1, 1), normal(1))),
+        *(Case(f"frozen {i}", lambda W, v: AddAt(constant(np.array([1, 2]), W).data)(W, v), (normal(2, 3), normal(2)),
+               frozen=(i,)) for i in range(2)),
     ],
 }
 

@@ -9,6 +9,7 @@ import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -43,7 +44,7 @@ def adapted(seed):
 
 def figure(seed):
     values = np.random.default_rng(seed).random(50)
-    made, ax = plots.plt.subplots()
+    made, ax = plt.subplots()
     ax.plot(values)
     return made
 
@@ -113,7 +114,7 @@ def test_a_full_disk_leaves_what_was_there(name, there, tmp_path, full_disk):
     shutil.rmtree(folder)
     write(folder, 2)
     assert content(folder) == again and all(before.get(f"out/{key}") != again[key] for key in CHANGING[name] if there)
-    plots.plt.close("all")
+    plt.close("all")
 
 
 @writers
@@ -150,7 +151,7 @@ def test_an_interrupt_at_any_rename_leaves_no_mixture(name, tmp_path, monkeypatc
         if name not in ("figure", "cases") and len(new) == 1:
             assert kind != "mixed"
     assert "new" in seen
-    plots.plt.close("all")
+    plt.close("all")
 
 
 def test_the_disk_is_full_by_its_own_error(tmp_path):

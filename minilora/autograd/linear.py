@@ -87,10 +87,11 @@ class LoRALinear(Op):
         Ā = Zᵀ (x ⊙ m),    B̄ = s ȳᵀ U,    x̄ = ȳ W + (Z A) ⊙ m.
     The product ȳᵀ x, as large as W, is never formed for a frozen W.
 
-    Two orders of computation give the same numbers (RunLoRA, arXiv:2312.03415, compares all there are). Thin: the base product,
-    then two thin ones. Formed: W_eff = W + s B A first, then one product. U and Z are needed either way, for B̄ and Ā; so
-    forming costs (r + 1)·in·out multiplications and additions and saves n (r + 1)·out: it pays when n > in, unless there is a
-    mask or the base is not dense. x̄ is always thin, so W_eff, as large as W, is gone when `forward` returns.
+    Two orders of computation give the same numbers. Thin: the base product, then two thin ones. Formed: W_eff = W + s B A
+    once, used forward and in x̄. The thin order costs 3 n r (in + out) multiply-adds beyond the base products, the formed one
+    r·in·out + 2 n r (in + out), so by counted FLOPs forming pays when n > in·out / (in + out) (RunLoRA, arXiv:2312.03415). But
+    W_eff is as large as W, has to be written and kept until backward: it is formed when it costs less than half as much, and
+    never if there is a mask or the base is not dense.
 
     With a leading axis K on A (K, r, in) and B (K, out, r), K adapters run side by side: x's rows are K equal groups, and
     group k sees adapter k alone.
@@ -109,47 +110,46 @@ class LoRALinear(Op):
             self.formed = formable and _forming_pays(x2.shape[-2], A, sB)
         elif self.formed and not formable:
             raise ValueError("formed=True with a mask on the branch or a base that is not dense: leave it None, or use False")
-        multiply = kernels(x).matmul
-        U = None
+        multiply, U = kernels(x).matmul, None
         if self.formed:
-            W_eff = kernels(x).add_products(W, [(block, s_B, a) for block, s_B, a in zip(self.blocks, sB, A, strict=True)])
-            y = multiply(x2, W_eff, tb=True) if groups else kernels(x).linear(x2, W_eff, b)
+            W = kernels(x).add_products(W, [(block, s_B, a) for block, s_B, a in zip(self.blocks, sB, A, strict=True)])
+            y = multiply(x2, W, tb=True) if groups else kernels(x).linear(x2, W, b)
         else:
             y = rows(product(rows(x), W, b), groups)
             U = [multiply(masked(x, m, groups), a, tb=True) for a, m in zip(A, self.masks, strict=True)]
             for u, s_B, block in zip(U, sB, self.blocks, strict=True):
                 y[..., block] += multiply(u, s_B, tb=True)
-        self.keep(x if self.needs[1] or any(self.needs[3:] if self.formed else self.needs[3::2]) else None, W, sB, A, U)
+        self.keep(x if self.needs[1] or any(self.needs[3 :: 1 if self.formed else 2]) else None, W, sB, A, U)
         if b is not None and self.formed and groups:
             y += b
         return y.reshape((*x.shape[:-1], y.shape[-1]))
 
     def backward(self, dy):                                     # (..., out)
         x, W, sB, A, U = self.kept
-        groups = A[0].shape[:-2]
-        K = kernels(dy)
+        K, groups = kernels(dy), A[0].shape[:-2]
         multiply = K.matmul
         dy2 = rows(dy, groups)
         needs_A, needs_B = self.needs[3::2], self.needs[4::2]
         if U is None:
             U = [multiply(rows(x, groups), a, tb=True) if need else None for a, need in zip(A, needs_B, strict=True)]
-        Z = [K.columns_product(dy2, block, s_B) if need or self.needs[0] else None              # (n, r)
+        Z = [K.columns_product(dy2, block, s_B) if need or (self.needs[0] and not self.formed) else None       # (n, r)
              for block, s_B, need in zip(self.blocks, sB, needs_A, strict=True)]
 
         dx, shape = None, (*dy.shape[:-1], A[0].shape[-1])
-        if self.needs[0]:
+        if self.needs[0] and self.formed:
+            dx = multiply(dy2, W).reshape(shape)
+        elif self.needs[0]:
             dx = product_grad(rows(dy), W).reshape(shape)
             for z, a, m in zip(Z, A, self.masks, strict=True):
                 term = multiply(z, a).reshape(shape)
                 dx += term if m is None else term * m
-        dW = multiply(rows(dy), rows(x), ta=True) if self.needs[1] else None
-        db = rows(dy).sum(axis=0) if self.needs[2] else None
 
-        gradients = []
+        gradients = [multiply(rows(dy), rows(x), ta=True) if self.needs[1] else None,                      # W̄, b̄
+                     rows(dy).sum(axis=0) if self.needs[2] else None]
         for j, (s, m, block) in enumerate(zip(self.scales, self.masks, self.blocks, strict=True)):
             gradients.append(multiply(Z[j], masked(x, m, groups), ta=True) if needs_A[j] else None)
             gradients.append(times(s, K.columns_product_t(dy2, block, U[j])) if needs_B[j] else None)
-        return dx, dW, db, *gradients
+        return dx, *gradients
 
 
 def rows(x: Any, groups: tuple[int, ...] = ()) -> Any:
@@ -180,5 +180,6 @@ def product_grad(dy: Any, W: Any) -> Any:
 
 
 def _forming_pays(n: int, A: Any, B: Any) -> bool:
-    """Σ (r + 1)·in·out < Σ n (r + 1)·out: counted for each term, as terms may differ in rank and rows."""
-    return sum((a.shape[-2] + 1) * b.shape[-2] * (n - a.shape[-1]) for a, b in zip(A, B, strict=True)) > 0
+    """Counted multiply-adds: forming costs Σ r·in·out, and has to save twice that, Σ n r (in + out)."""
+    return sum(a.shape[-2] * (n * (a.shape[-1] + b.shape[-2]) - 2 * a.shape[-1] * b.shape[-2])
+               for a, b in zip(A, B, strict=True)) > 0

@@ -37,7 +37,7 @@ def add_adapter(model: Transformer, config: TargetConfig, name: str = "default",
         if kind is None:
             raise ValueError(f"method {config.method!r} cannot adapt {path}, a {type(layer).__name__}")
         new.append((layer, kind(layer, config, names, rng)))
-    for _, names, layer in _modules_to_save(model, config):
+    for _, names, layer in layers_to_save(model, config):
         new.append((layer, METHODS["replace", Linear](layer, config, names, rng)))
     if config.method in BESIDE:
         new += BESIDE[config.method](model, config, [layer for layer, _ in new], rng).values()
@@ -192,7 +192,8 @@ def adaptations(model: Module) -> list[Adaptation]:
     return [m for _, m in model.named_modules() if isinstance(m, Adaptation)]
 
 
-def _modules_to_save(model: Transformer, config: TargetConfig) -> Iterator[tuple[str, tuple[str, ...], Linear | Embedding]]:
+def layers_to_save(model: Transformer, config: TargetConfig) -> Iterator[tuple[str, tuple[str, ...], Linear | Embedding]]:
+    """(path, its names, layer) of every layer that is trained whole beside the adapter: the config's, and a classifier."""
     wanted = list(config.modules_to_save or ())
     if model.classifier is not None and "classifier" not in wanted:
         wanted.append("classifier")

@@ -15,13 +15,20 @@ from .lora_bias import LoRABias, LoRABiasEmbedding
 from .lora_fa import LoRAFA, LoraFAConfig, LoRAFAdamW
 from .lora_plus import loraplus_groups
 from .own_bias import OwnBias
+from .prefix_tuning import PrefixTuning, PrefixTuningConfig
+from .prompt_tuning import PromptTuning, PromptTuningConfig
 from .qlora import loftq, quantise
 from .residual import MiLoRA, OLoRA, PiSSA
+from .shira import SHiRA, ShiraConfig
 from .sora import GateProx, SoRA, SoRAConfig
+from .tensor_train import TensorTrainConfig, TensorTrainLoRA
 from .vera import VeRA, VeraConfig
 from .vera_files import VeraFormat
+from .virtual_tokens import VirtualTokens
 
 __all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "DoRA", "FourBit", "FullConfig", "FullFineTuning",
-           "GateProx", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa", "LoHaConfig", "LoKr", "LoKrConfig", "LoRABias",
-           "LoRABiasEmbedding", "LoRAFA", "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA", "OwnBias", "PiSSA", "RankAllocator",
-           "SoRA", "SoRAConfig", "VeRA", "VeraConfig", "VeraFormat", "loftq", "loraplus_groups", "quantise"]
+           "GateProx", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa", "LoHaConfig", "LoKr", "LoKrConfig",
+           "LoRABias", "LoRABiasEmbedding", "LoRAFA", "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA", "OwnBias", "PiSSA",
+           "PrefixTuning", "PrefixTuningConfig", "PromptTuning", "PromptTuningConfig", "RankAllocator", "SHiRA",
+           "ShiraConfig", "SoRA", "SoRAConfig", "TensorTrainConfig", "TensorTrainLoRA", "VeRA", "VeraConfig", "VeraFormat",
+           "VirtualTokens", "loftq", "loraplus_groups", "quantise"]

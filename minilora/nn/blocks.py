@@ -196,8 +196,7 @@ def build_layer(cfg: TransformerConfig, init: Init, rotate: Any, index: int) -> 
     if cfg.mlp == "swiglu":
         mlp: Module = GatedMLP(init.linear(D, F, cfg.bias), init.linear(D, F, cfg.bias), init.linear(F, D, cfg.bias, end))
     else:
-        activation = cfg.mlp
-        mlp = MLP(init.linear(D, F, cfg.bias), init.linear(F, D, cfg.bias, end), activation)
+        mlp = MLP(init.linear(D, F, cfg.bias), init.linear(F, D, cfg.bias, end), cfg.mlp)
     norms = [NORMS[cfg.norm](D, cfg.norm_eps, init.dtype) for _ in range(2)]
     kind = PreNormLayer if cfg.norm_first else PostNormLayer
     return kind(attn, norms[0], mlp, norms[1], Dropout(cfg.dropout, init.rng))

@@ -33,11 +33,12 @@ class Transformer(Module):
     """
 
     recompute = False
+    initial = Init                           # draws the initial weights
 
     def __init__(self, cfg: TransformerConfig, seed: int | None = 0, dtype: str = "float32") -> None:
         self.cfg = cfg
         self.rng = host_rng(seed or 0)
-        init = Init(self.rng, dtype, blank=seed is None)
+        init = self.initial(self.rng, dtype, blank=seed is None)
         D = cfg.d_model
         learned = cfg.position == "learned"
         self.embed = Embedding(init.normal(cfg.vocab_size, D))

@@ -151,9 +151,9 @@ def _row(weights: Mapping[str, Callable[[], Array]], intruders: bool, item: tupl
     return row
 
 
-def text_table(columns: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def text_table(columns: Mapping[str, str], rows: Mapping[str, Mapping[str, Any]], first: str = "module") -> list[str]:
     """Lines of text that line up: a head, then each row's name and its values under `columns` (key -> head)."""
-    lines = [["module", *columns.values()], *([name, *(_text(row.get(key)) for key in columns)] for name, row in rows.items())]
+    lines = [[first, *columns.values()], *([name, *(_text(row.get(key)) for key in columns)] for name, row in rows.items())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
             for line in lines]

