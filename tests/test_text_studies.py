@@ -22,14 +22,14 @@ from minilora.studies import (
     wide,
 )
 from minilora.studies.common import Pretraining
-from minilora.studies.text import Setting, base_of, copy_of
+from minilora.studies.text import Grid, Setting, base_of, copy_of
 
 TINY = Setting(32, 1, Pretraining(4, 4, 3e-3, 16), 4, 4, 8)
 SIZES = {
     which_matrices: which_matrices.Size(TINY, 2, [1e-2, 2e-2], [1e-2]),
-    rank_lr: rank_lr.Size(TINY, 2, [1, 4], [1e-3, 1e-2, 1e-1], [1e-3, 1e-2, 1e-1]),
-    spectrum: spectrum.Size(TINY, 2, [1, 4], [1e-2], [1e-3]),
-    capacity: capacity.Size(TINY, 2, [1, 4], [64, 512], [1e-2], [1e-3]),
+    rank_lr: Grid(TINY, 2, [1, 4], [1e-3, 1e-2, 1e-1], [1e-3, 1e-2, 1e-1]),
+    spectrum: Grid(TINY, 2, [1, 4], [1e-2], [1e-3]),
+    capacity: capacity.Size(TINY, 2, [1, 4], [1e-2], [1e-3], [64, 512]),
     init: init.Size(TINY, 2, [1e-2, 2e-2]),
     subspaces: wide.Size(replace(TINY, d_model=128), 1, [1e-2]),
     amplification: wide.Size(replace(TINY, d_model=128), 1, [1e-2]),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 
 from .. import plots
 from . import wide
-from .common import Options, publish, verdict_lines, writable_folder
+from .common import Options, publish, verdict_lines
 
 QUESTION = "Does ΔW strengthen directions that W neglects, and by how much? (LoRA paper, Table 7)"
 EXPECTED = ("Hu et al. 2021, Table 7 (GPT-3, layer 48, q): in the directions of ΔW, W has more than in random ones and far "
@@ -20,18 +19,14 @@ KEYS = ("norm", "projection", "projection_top", "projection_random", "amplificat
 
 def run(options: Options) -> dict[str, Any]:
     """Train the adapters, write figures/amplification.{png,svg,json}, and return the report."""
-    start = time.perf_counter()
-    writable_folder(options.out)
-    _, facts, lr, found = wide.learned(options)
+    report, found = wide.learned("amplification", options, EXPECTED)
     rows = []
     for kind in ("q_proj", "v_proj"):
         for r in ("4", "64"):
             mine = [data["amplification"][r] for cell in found for path, data in cell["modules"].items() if path.endswith(kind)]
             rows.append({"module": kind, "rank": int(r), "base_norm": float(np.mean([m["base_norm"] for m in mine]))}
                         | {key: [m[key] for m in mine] for key in KEYS})
-    report = {"study": "amplification", "size": options.size, "seed": options.seed, "text": facts | {"pairs": len(found)},
-              "lr": lr, "alpha": wide.ALPHA, "expected": EXPECTED, "rows": rows, "verdict": verdict(rows),
-              "seconds": time.perf_counter() - start}
+    report |= {"rows": rows, "verdict": verdict(rows)}
     return publish(report, plots.amplification(report), options)
 
 

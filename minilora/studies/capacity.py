@@ -12,33 +12,29 @@ from typing import Any
 from .. import plots
 from .cells import compute
 from .common import Options, Pretraining, publish, say, verdict_lines, writable_folder
-from .text import ALL_LINEAR, Setting, best_rate, full_cell, lora_cell, mean_and_sd
+from .text import ALL_LINEAR, Grid, Setting, best_rate, full_cell, lora_cell, mean_and_sd
 
 QUESTION = "How much text can a rank hold? Training loss against rank, for texts of growing length"
 EXPECTED = ("LoRA Without Regret: LoRA follows full fine-tuning as long as it has more parameters than the data has "
             "information, and falls behind beyond.")
 ALPHA = 32.0
+LIMITS = [1 << 10, 1 << 12, 1 << 14, 1 << 17]
 BEHIND = 0.05                    # nats per byte above full fine-tuning that count as having left it
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much is computed. limits: lengths of the training text, in bytes."""
+class Size(Grid):
+    """As Grid, for training texts of several lengths: limits, in bytes."""
 
-    setting: Setting
-    seeds: int
-    ranks: list[int]
     limits: list[int]
-    lora_rates: list[float]
-    full_rates: list[float]
 
 
 SIZES = {
-    "quick": Size(Setting(64, 1, Pretraining(60, 16, 3e-3, 64), 12, 4, 32), 1, [1, 16], [512, 8192], [2e-2], [3e-3]),
+    "quick": Size(Setting(64, 1, Pretraining(60, 16, 3e-3, 64), 12, 4, 32), 1, [1, 16], [2e-2], [3e-3], [512, 8192]),
     "default": Size(Setting(64, 2, Pretraining(500, 32, 3e-3, 64), 300, 16, 64), 2, [1, 2, 4, 8, 16, 32, 64],
-                    [1 << 10, 1 << 12, 1 << 14, 1 << 17], [1e-2], [3e-3]),
+                    [1e-2], [3e-3], LIMITS),
     "full": Size(Setting(64, 2, Pretraining(500, 32, 3e-3, 64), 600, 16, 64), 3, [1, 2, 4, 8, 16, 32, 64],
-                 [1 << 10, 1 << 12, 1 << 14, 1 << 17], [1e-2, 2e-2], [3e-3, 6e-3]),
+                 [1e-2, 2e-2], [3e-3, 6e-3], LIMITS),
 }
 
 

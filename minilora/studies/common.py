@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..backend.files import whole_files
 from ..data import Corpus, eval_batches, sample_batch
 from ..nn import Transformer, TransformerConfig
 
+NUMBERS = re.compile(r"\[[-+\d.eE,\s]+\]")
 CACHE_VERSION = 1      # raise it when pretraining changes, so that old caches are not read
 
 
@@ -59,9 +61,10 @@ def writable_folder(path: Path, option: str = "--out") -> Path:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON so that no half file is ever seen."""
+    """Write JSON so that no half file is ever seen, with each list of numbers on one line."""
+    text = NUMBERS.sub(lambda found: " ".join(found[0].split()), json.dumps(data, indent=1, allow_nan=False))
     with whole_files(path.parent, "a report") as folder:
-        (folder / path.name).write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (folder / path.name).write_text(text + "\n", encoding="utf-8")
 
 
 def publish(report: dict[str, Any], figure: Any, options: Options) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy as np
 from .. import plots
 from .cells import compute
 from .common import Options, Pretraining, publish, verdict_lines, writable_folder
-from .text import ALL_LINEAR, Setting, best_rate, full_cell, lora_cell, mean_and_sd
+from .text import ALL_LINEAR, Grid, Setting, best_rate, full_cell, lora_cell, mean_and_sd
 
 QUESTION = "Does the best learning rate depend on the rank, under α/r and under α/√r? (LoRA paper, Table 6; rsLoRA)"
 EXPECTED = ("LoRA Without Regret: with s = α/r, α = 32, the best rate changes by less than a factor 2 from rank 4 to 512, and "
@@ -24,27 +23,16 @@ ALPHA, EQUAL_AT = 32.0, 8        # α of s = α/r; rsLoRA's α is chosen so that
 POLICIES = {"alpha / r": (ALPHA, False), "alpha / sqrt(r)": (ALPHA / math.sqrt(EQUAL_AT), True)}
 
 
-@dataclass(frozen=True)
-class Size:
-    """How much is computed."""
-
-    setting: Setting
-    seeds: int
-    ranks: list[int]
-    lora_rates: list[float]
-    full_rates: list[float]
-
-
 def doubling(first: float, count: int) -> list[float]:
     """first, 2 first, 4 first, …"""
     return [first * 2.0**i for i in range(count)]
 
 
 SIZES = {
-    "quick": Size(Setting(64, 1, Pretraining(60, 16, 3e-3, 64), 12, 4, 64), 1, [1, 16], doubling(1e-2, 3), doubling(2e-3, 3)),
-    "default": Size(Setting(64, 2, Pretraining(500, 32, 3e-3, 64), 120, 16, 256), 2, [1, 4, 16, 64], doubling(1.25e-3, 7),
+    "quick": Grid(Setting(64, 1, Pretraining(60, 16, 3e-3, 64), 12, 4, 64), 1, [1, 16], doubling(1e-2, 3), doubling(2e-3, 3)),
+    "default": Grid(Setting(64, 2, Pretraining(500, 32, 3e-3, 64), 120, 16, 256), 2, [1, 4, 16, 64], doubling(1.25e-3, 7),
                     doubling(2.5e-4, 7)),
-    "full": Size(Setting(96, 2, Pretraining(800, 32, 3e-3, 64), 200, 16, 384), 3, [1, 2, 4, 8, 16, 32, 64],
+    "full": Grid(Setting(96, 2, Pretraining(800, 32, 3e-3, 64), 200, 16, 384), 3, [1, 2, 4, 8, 16, 32, 64],
                  doubling(1.25e-3, 7), doubling(2.5e-4, 7)),
 }
 

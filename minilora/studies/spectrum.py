@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..rank import Update, alignment, intruder_count, measures, updates
 from ..training import AdamW, mean_loss, sweep
 from .cells import compute
 from .common import Options, Pretraining, publish, verdict_lines, writable_folder
-from .text import ALL_LINEAR, SOURCE, SWEEP_MEMORY, TARGET, Setting, base_of, mean_and_sd, task_on, tuned, windows_of
+from .text import ALL_LINEAR, SOURCE, SWEEP_MEMORY, TARGET, Grid, Setting, base_of, mean_and_sd, task_on, tuned, windows_of
 
 QUESTION = "Is full fine-tuning's ΔW low-rank? Spectra, intruder dimensions and forgetting, beside LoRA's"
 EXPECTED = ("LoRA Learns Less and Forgets Less (arXiv:2405.09673): full fine-tuning's ΔW needs 10 to 100 times LoRA's usual "
@@ -29,22 +28,11 @@ DRAWN = "up_proj"                # whose spectra the figure shows, in the last l
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 
 
-@dataclass(frozen=True)
-class Size:
-    """How much is computed."""
-
-    setting: Setting
-    seeds: int
-    ranks: list[int]
-    lora_rates: list[float]
-    full_rates: list[float]
-
-
 SIZES = {
-    "quick": Size(Setting(64, 1, Pretraining(60, 16, 3e-3, 64), 12, 4, 32), 1, [1, 16], [1e-2], [2e-3]),
-    "default": Size(Setting(128, 2, Pretraining(400, 24, 2e-3, 64), 150, 16, 128), 2, [1, 4, 16, 64], [5e-3, 1e-2, 2e-2],
+    "quick": Grid(Setting(64, 1, Pretraining(60, 16, 3e-3, 64), 12, 4, 32), 1, [1, 16], [1e-2], [2e-3]),
+    "default": Grid(Setting(128, 2, Pretraining(400, 24, 2e-3, 64), 150, 16, 128), 2, [1, 4, 16, 64], [5e-3, 1e-2, 2e-2],
                     [5e-4, 1e-3, 2e-3]),
-    "full": Size(Setting(128, 2, Pretraining(400, 24, 2e-3, 64), 300, 16, 256), 4, [1, 2, 4, 8, 16, 32, 64, 128],
+    "full": Grid(Setting(128, 2, Pretraining(400, 24, 2e-3, 64), 300, 16, 256), 4, [1, 2, 4, 8, 16, 32, 64, 128],
                  [5e-3, 1e-2, 2e-2], [5e-4, 1e-3, 2e-3]),
 }
 

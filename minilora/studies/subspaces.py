@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 
 from .. import plots
 from . import wide
-from .common import Options, publish, verdict_lines, writable_folder
+from .common import Options, publish, verdict_lines
 
 QUESTION = "Do adapters of ranks 8 and 64, or of two seeds, learn the same directions? (LoRA paper, Figures 3 and 4)"
 EXPECTED = ("Hu et al. 2021, section 7.2: the first direction of r = 8 lies in those of r = 64 (φ > 0.5), the others hardly; "
@@ -19,9 +18,7 @@ PAIRS = ("r = 8 in r = 64", "two seeds, r = 64", "random")
 
 def run(options: Options) -> dict[str, Any]:
     """Train the adapters, write figures/subspaces.{png,svg,json}, and return the report."""
-    start = time.perf_counter()
-    writable_folder(options.out)
-    _, facts, lr, found = wide.learned(options)
+    report, found = wide.learned("subspaces", options, EXPECTED)
     rows = []
     for kind in ("q_proj", "v_proj"):
         for pair in PAIRS:
@@ -29,9 +26,7 @@ def run(options: Options) -> dict[str, Any]:
             rows.append({"module": kind, "pair": pair, "count": len(mine)}
                         | {key: [float(np.mean([row[key] for row in mine])), float(np.std([row[key] for row in mine]))]
                            for key in mine[0]})
-    report = {"study": "subspaces", "size": options.size, "seed": options.seed, "text": facts | {"pairs": len(found)}, "lr": lr,
-              "alpha": wide.ALPHA, "expected": EXPECTED, "rows": rows, "verdict": verdict(rows), "grids": found[0]["grids"],
-              "seconds": time.perf_counter() - start}
+    report |= {"rows": rows, "verdict": verdict(rows), "grids": found[0]["grids"]}
     return publish(report, plots.subspaces(report), options)
 
 

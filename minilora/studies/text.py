@@ -65,6 +65,17 @@ class Setting:
                 "batch": self.batch, "tokens": self.pretraining.tokens, "base": base_losses(self)}
 
 
+@dataclass(frozen=True)
+class Grid:
+    """How much a study of ranks computes: how many seeds, which ranks, and the rates among which each finds its best."""
+
+    setting: Setting
+    seeds: int
+    ranks: list[int]
+    lora_rates: list[float]
+    full_rates: list[float]
+
+
 @lru_cache(maxsize=4)
 def base_of(setting: Setting) -> Transformer:
     """The pretrained base, made or read once in a process."""

@@ -5,6 +5,7 @@ At d_model 64 any two updates of rank 64 fill the whole space and are alike by n
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..lora.layer import dense
 from ..rank import Update, amplification, compare, gram_svd, top_projection, updates
 from ..training import sweep
 from .cells import compute
-from .common import Options, Pretraining
+from .common import Options, Pretraining, writable_folder
 from .text import Q_V, SWEEP_MEMORY, TARGET, Setting, base_of, best_rate, lora_cell, task_on, windows_of
 
 ALPHA = 32.0
@@ -38,9 +39,10 @@ SIZES = {
 }
 
 
-def learned(options: Options) -> tuple[Size, dict[str, Any], float, list[dict[str, Any]]]:
-    """The size, the facts of the text, the learning rate (searched at r = 8), and one update_cell for each pair of seeds."""
-    size = SIZES[options.size]
+def learned(study: str, options: Options, expected: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The beginning of a study's report, and one update_cell for each pair of seeds. The learning rate is searched at r = 8."""
+    size, start = SIZES[options.size], time.perf_counter()
+    writable_folder(options.out)
     facts, given = size.setting.facts(), size.setting.to_dict()
     config = {"r": 8, "lora_alpha": ALPHA, "target_modules": Q_V}
     search = compute(lora_cell, [{"setting": given, "configs": [config], "seeds": [options.seed], "lrs": [lr]}
@@ -48,7 +50,9 @@ def learned(options: Options) -> tuple[Size, dict[str, Any], float, list[dict[st
     lr = best_rate([row for rows in search for row in rows])
     pairs = [[options.seed + 2 * i, options.seed + 2 * i + 1] for i in range(options.seeds or size.pairs)]
     cells = [{"setting": given, "seeds": pair, "lr": lr, "grids": i == 0} for i, pair in enumerate(pairs)]
-    return size, facts, lr, compute(update_cell, cells, options, "adapters")
+    found = compute(update_cell, cells, options, "adapters")
+    return {"study": study, "size": options.size, "seed": options.seed, "text": facts | {"pairs": len(pairs)}, "lr": lr,
+            "alpha": ALPHA, "expected": expected, "seconds": time.perf_counter() - start}, found
 
 
 def update_cell(setting: dict[str, Any], seeds: list[int], lr: float, grids: bool) -> dict[str, Any]:
