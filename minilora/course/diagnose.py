@@ -85,9 +85,9 @@ def _array(name: str, a: np.ndarray, b: np.ndarray, scalars: dict[str, float], r
     factor = float((a[finite] * b[finite]).sum() / max(float((a[finite] ** 2).sum()), 1e-300))        # b = factor · a
     if np.isfinite(a).all() and agree(a * factor, b, rtol):
         for scalar, value in scalars.items():
-            for times, power in ((value, ""), (1 / value if value else 0.0, "1/"), (value**2, "²"), (abs(value) ** 0.5, "√")):
-                if times and times != 1 and abs(factor / times - 1) < 1e-6:
-                    return f"{name}: a factor {power if power in ('1/', '√') else ''}{scalar}{power if power == '²' else ''} is missing"
+            for times, written in ((value, scalar), (1 / (value or 1.0), f"1/{scalar}"), (value**2, f"{scalar}²")):
+                if times not in (0, 1) and abs(factor / times - 1) < 1e-6:
+                    return f"{name}: a factor {written} is missing"
         return f"{name}: right up to a constant factor; yours is {1 / factor:.4g} times too large"
     if np.ptp(a) == 0:
         return f"{name}: every entry is {a.flat[0]:.4g}"
