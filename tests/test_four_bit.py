@@ -73,6 +73,7 @@ def test_bytes_a_number_and_the_error(rng, double, most):
     W = rng.standard_normal((512, 512)).astype("float32")
     four = FourBit(W, double_quant=double)
     assert four.nbytes / W.size <= most
+    # The error of NF4 with blocks of 64 on normal numbers: 0.092 by our own run of 2²² numbers, of which these are 2¹⁸.
     assert np.linalg.norm(four.dense() - W) / np.linalg.norm(W) == pytest.approx(0.092, abs=0.002)
     assert four.dense().dtype == np.float32
 

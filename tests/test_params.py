@@ -54,6 +54,7 @@ def test_gpt3_with_rank_4_on_q_and_v():
     found, whole = params("gpt3-175b", lora(4, QV)), params("gpt3-175b", None)
     assert found.trainable == 96 * 2 * 4 * 2 * 12288 == 18_874_368
     assert found.file_size(2) == 36 * 2**20
+    # The paper's figures are rounded: 350 GB to two digits, 10,000 to one.
     assert whole.file_size(2) == pytest.approx(350e9, rel=0.003)
     assert whole.file_size(2) / found.file_size(2) == pytest.approx(10_000, rel=0.1)       # "reduced by roughly 10,000×"
 

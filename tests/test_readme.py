@@ -35,6 +35,12 @@ def test_the_example_prints_what_its_comments_say():
     assert out.getvalue().splitlines() == expected
 
 
+def test_ci_runs_the_test_command_word_for_word():
+    line = block("tested: tests").strip()
+    assert "\n" not in line
+    assert [text.strip() for text in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()].count(line) == 1
+
+
 def test_every_path_of_the_table_exists():
     paths = re.findall(r"`((?:autograd|backend|lora|nn|rank|training)/\w+\.py)`", README)
     assert len(paths) >= 10
