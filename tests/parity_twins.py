@@ -111,6 +111,11 @@ def twins(form: str, dtype: str = "float64", **fields: Any) -> tuple[Transformer
     return ours.eval(), theirs
 
 
+def opened_in_peft(theirs: Any, folder: Any, ids: np.ndarray) -> np.ndarray:
+    """The logits of the transformers model under the adapter that PEFT reads from a folder."""
+    return logits_of(peft.PeftModel.from_pretrained(theirs, folder).eval(), ids).detach().numpy()
+
+
 def close(got: Any, expected: Any, tolerance: float, what: str = "values") -> None:
     """The largest difference is at most `tolerance` times the largest expected value."""
     got, expected = np.asarray(got), np.asarray(expected)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
+from small_models import IDS, D, F, L, V, build, run
 
 from minilora import (
     AdaLoraConfig,
@@ -45,12 +46,9 @@ from minilora.lora import (
 from minilora.lora.files import SAVERS, load_adapter, save_adapter
 from minilora.lora.layer import adapted
 from minilora.methods import dora
-from minilora.nn import Linear, Transformer, TransformerConfig
+from minilora.nn import Linear
 from minilora.rank.report import analyze
 from minilora.training import TrainConfig, train
-
-V, D, F, L, B, T = 11, 8, 12, 2, 3, 4
-IDS = np.random.default_rng(0).integers(0, V, (B, T))
 
 
 @dataclass
@@ -119,15 +117,6 @@ methods = pytest.mark.parametrize("name", CASES)
 TARGETS = (["q_proj", "up_proj"], ["qkv_proj"], ["q_proj", "v_proj"])      # blocks of a packed layer, the whole, and apart
 
 
-def build(form="gpt2", dtype="float64", **fields):
-    """A small model whose every weight matters."""
-    sizes = {"vocab_size": V, "d_model": D, "n_layers": L, "n_heads": 2, "d_ff": F, "max_len": 8}
-    model = Transformer(getattr(TransformerConfig, form)(**sizes | fields), dtype=dtype)
-    rng = np.random.default_rng(1)
-    model.load_state_dict({path: rng.standard_normal(p.shape) * 0.3 for path, p in model.named_parameters()})
-    return model.eval()
-
-
 def shake(model, name="default", size=0.2):
     """Move every number of an adapter away from its start."""
     rng = np.random.default_rng(2)
@@ -140,10 +129,6 @@ def shake(model, name="default", size=0.2):
 def add(model, name, targets=TARGETS[0], adapter="default"):
     add_adapter(model, CASES[name].config(targets), adapter)
     return shake(model, adapter)
-
-
-def run(model, **options):
-    return to_host(model(IDS, **options).data)
 
 
 def base_of(model):

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from small_tokenizers import TEMPLATE, tokenizers, word_piece
 
 import minilora as ml
 from minilora.nn.names import GGUF, file_names
@@ -13,24 +14,10 @@ from minilora.pretrained import Tokenizer
 from minilora.pretrained.gguf_file import GgufFile
 from minilora.pretrained.gguf_tokenizer import gguf_tokenizer
 
-tokenizers = pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("jinja2")
 
-WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "cat", "sat", "un", "##likely", "##s", "!"]
-TEMPLATE = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-            "{% if add_generation_prompt %}<assistant>{% endif %}")
-
-
-def word_piece():
-    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    backend.normalizer = tokenizers.normalizers.BertNormalizer()
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    backend.decoder = tokenizers.decoders.WordPiece()
-    around = [("[CLS]", 1), ("[SEP]", 2)]
-    backend.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=around)
-    backend.add_special_tokens(WORDS[:4])
-    return backend
+WORDS = ["the", "cat", "sat", "un", "##likely", "##s", "!"]
 
 
 def bert(vocab_size=11):
@@ -39,7 +26,7 @@ def bert(vocab_size=11):
 
 
 def test_text_there_and_back():
-    tokenizer = Tokenizer(word_piece(), {"pad_token": "[PAD]", "eos_token": "[SEP]"})
+    tokenizer = Tokenizer(word_piece(WORDS), {"pad_token": "[PAD]", "eos_token": "[SEP]"})
     assert tokenizer.encode("The cats sat!") == [1, 4, 5, 9, 6, 10, 2]
     assert tokenizer.encode("the", add_special_tokens=False) == [4]
     assert tokenizer.decode([1, 4, 5, 9, 2], skip_special_tokens=True) == "the cats"
@@ -53,7 +40,7 @@ def test_text_there_and_back():
 
 def test_words_and_their_tokens():
     """Each token knows its word, also those of unknown words; special tokens belong to none."""
-    tokenizer = Tokenizer(word_piece())
+    tokenizer = Tokenizer(word_piece(WORDS))
     ids, words = tokenizer.encode_words(["Unlikely", "cats", "!", "x"])
     assert ids == [1, 7, 8, 5, 9, 10, 3, 2] and words == [None, 0, 0, 1, 1, 2, 3, None]
     assert tokenizer.encode_words(["cats!"], add_special_tokens=False) == ([5, 9, 10], [0, 0, 0])
@@ -75,27 +62,27 @@ def test_words_of_byte_level_tokens(trim):
 
 
 def test_padding_and_truncation_of_the_file_do_not_count():
-    backend = word_piece()
+    backend = word_piece(WORDS)
     backend.enable_truncation(3)
     backend.enable_padding(length=9)
     assert Tokenizer(backend).encode("the cat sat") == [1, 4, 5, 6, 2]
 
 
 def test_chat():
-    tokenizer = Tokenizer(word_piece(), {"eos_token": "[SEP]"}, TEMPLATE)
+    tokenizer = Tokenizer(word_piece(WORDS), {"eos_token": "[SEP]"}, TEMPLATE)
     messages = [{"role": "user", "content": "hi"}]
     assert tokenizer.chat(messages) == "<user>hi[SEP]\n<assistant>"
     assert tokenizer.chat(messages, add_generation_prompt=False) == "<user>hi[SEP]\n"
     with pytest.raises(ValueError, match="has no chat template"):
-        Tokenizer(word_piece()).chat(messages)
+        Tokenizer(word_piece(WORDS)).chat(messages)
     for template in ("{{ raise_exception('no system') }}", "{% if %}", "{{ messages.__class__.__mro__[1].__subclasses__() }}",
                      "{{ messages.append(1) }}", "{{ range(10**9) | list }}", "{{ messages[0].role + 3 }}"):
         with pytest.raises(ValueError, match="the chat template refuses"):
-            Tokenizer(word_piece(), {}, template).chat(messages)
+            Tokenizer(word_piece(WORDS), {}, template).chat(messages)
 
 
 def test_a_folder_with_a_tokenizer(tmp_path):
-    ml.save_pretrained(bert(), Tokenizer(word_piece(), {"eos_token": "[SEP]", "pad_token": "[PAD]"}, TEMPLATE), tmp_path)
+    ml.save_pretrained(bert(), Tokenizer(word_piece(WORDS), {"eos_token": "[SEP]", "pad_token": "[PAD]"}, TEMPLATE), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 2
     _, tokenizer = ml.load_pretrained(tmp_path)
     assert tokenizer.encode("the cat") == [1, 4, 5, 2] and tokenizer.chat_template == TEMPLATE
@@ -112,7 +99,7 @@ def test_a_folder_with_a_tokenizer(tmp_path):
 
 
 def test_tokenizers_that_do_not_fit(tmp_path):
-    ml.save_pretrained(bert(10), Tokenizer(word_piece()), tmp_path)
+    ml.save_pretrained(bert(10), Tokenizer(word_piece(WORDS)), tmp_path)
     with pytest.raises(ValueError, match="has 11 ids, expected at most the model's vocabulary of 10"):
         ml.load_pretrained(tmp_path)
     for text in ("{}", "no", (tmp_path / "tokenizer.json").read_text()[:-9]):

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from small_models import IDS, D, F, L, build, run
 
 from minilora.autograd import gradcheck, linear, sqrt, tensor
 from minilora.autograd.functions import dropout_mask
@@ -32,11 +33,8 @@ from minilora.lora import (
     unmerge_adapter,
 )
 from minilora.lora.layer import dense
-from minilora.nn import Linear, Parameter, Transformer, TransformerConfig
+from minilora.nn import Linear, Parameter
 from minilora.rank.report import analyze
-
-V, D, F, L, B, T = 11, 8, 12, 2, 3, 4
-IDS = np.random.default_rng(0).integers(0, V, (B, T))
 
 
 @dataclass
@@ -105,14 +103,6 @@ def methods():
     METHODS.update(before)
 
 
-def build(form="gpt2", dtype="float64", **fields):
-    sizes = {"vocab_size": V, "d_model": D, "n_layers": L, "n_heads": 2, "d_ff": F, "max_len": 8}
-    model = Transformer(getattr(TransformerConfig, form)(**sizes | fields), dtype=dtype)
-    rng = np.random.default_rng(1)
-    model.load_state_dict({path: rng.standard_normal(p.shape) * 0.3 for path, p in model.named_parameters()})
-    return model.eval()
-
-
 def add(model, config, name="default"):
     """Add an adapter and move every number of it away from its start."""
     add_adapter(model, config, name)
@@ -121,10 +111,6 @@ def add(model, config, name="default"):
         for _, p in adapter.named_parameters():
             p.data += to_device((rng.standard_normal(p.shape) * 0.3).astype(p.dtype), device_of(p.data).name)
     return model
-
-
-def run(model, **options):
-    return to_host(model(IDS, **options).data)
 
 
 def dora_weight(W, adapter):

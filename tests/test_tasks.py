@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_tokenizers import SPECIAL, TEMPLATE, tokenizers, word_piece
 
 import minilora as ml
 from minilora.cli import main
@@ -29,26 +30,15 @@ from minilora.pretrained import Tokenizer
 from minilora.tasks import TASKS, Run, finetune, load, metrics, predict, prepare
 from minilora.tasks.encode import Encoder, Row, collate
 
-tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("sklearn")
 pytest.importorskip("seqeval")
 pytest.importorskip("jinja2")
 
-SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
-WORDS = [*SPECIAL, "good", "bad", "film", "the", "a", "was", "un", "##likely", "##s", "!", "ann", "paris", "met", "in"]
-TEMPLATE = ("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-            "{% if add_generation_prompt %}<assistant>{% endif %}")
+WORDS = ["good", "bad", "film", "the", "a", "was", "un", "##likely", "##s", "!", "ann", "paris", "met", "in"]
 
 
-def word_piece():
-    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    backend.normalizer = tokenizers.normalizers.BertNormalizer()
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    backend.decoder = tokenizers.decoders.WordPiece()
-    around = [("[CLS]", 1), ("[SEP]", 2)]
-    backend.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=around)
-    backend.add_special_tokens(SPECIAL)
-    return Tokenizer(backend, {"pad_token": "[PAD]", "eos_token": "[SEP]"})
+def word_tokenizer():
+    return Tokenizer(word_piece(WORDS), {"pad_token": "[PAD]", "eos_token": "[SEP]"})
 
 
 def byte_level(template=None):
@@ -73,8 +63,9 @@ def random(cfg, seed=0):
 def bert(tmp_path_factory):
     """The folder of a small BERT without a pooler, so that both layers of the head are new."""
     folder = tmp_path_factory.mktemp("bert")
-    cfg = ml.TransformerConfig.bert(vocab_size=len(WORDS), d_model=16, n_layers=2, n_heads=2, d_ff=24, max_len=16, head="none")
-    ml.save_pretrained(random(cfg), word_piece(), folder)
+    cfg = ml.TransformerConfig.bert(vocab_size=len(SPECIAL + WORDS), d_model=16, n_layers=2, n_heads=2, d_ff=24, max_len=16,
+                                    head="none")
+    ml.save_pretrained(random(cfg), word_tokenizer(), folder)
     return folder
 
 
@@ -275,29 +266,29 @@ def test_split_is_by_the_seed():
 # ------------------------------------------------------------------------------------------------------------- encoding
 
 def test_cut_texts_keep_what_stands_around_them():
-    encoder, text = Encoder(word_piece(), 6), "the film was unlikely good"
-    assert encoder.text("the film") == (word_piece().encode("the film"), False)
+    encoder, text = Encoder(word_tokenizer(), 6), "the film was unlikely good"
+    assert encoder.text("the film") == (word_tokenizer().encode("the film"), False)
     assert encoder.text(text) == ([1, 7, 6, 9, 10, 2], True)
     rows = encoder.labelled([Labelled(text, "b", 1), Labelled("a", "a", 2)], ["a", "b"], "f")
     assert rows.truncated == 1 and [row.targets for row in rows.rows] == [1, 0]
     with pytest.raises(ValueError, match="f, line 7: unknown label 'c', expected one of a, b"):
         encoder.labelled([Labelled("a", "c", 7)], ["a", "b"], "f")
     with pytest.raises(ValueError, match="max_length = 2, expected at least 3"):
-        Encoder(word_piece(), 2)
+        Encoder(word_tokenizer(), 2)
     with pytest.raises(ValueError, match="line 3: the tokenizer makes no token"):
         Encoder(byte_level(), 5).labelled([Labelled("", "a", 3)], ["a", "b"], "f")
 
 
 def test_a_label_stands_on_the_first_piece():
     sentence = Tagged(("Unlikely", "films", "!"), ("B-x", "I-x", "O"), 5)
-    found = Encoder(word_piece(), 9).tagged([sentence], ["O", "B-x", "I-x"], "f")
+    found = Encoder(word_tokenizer(), 9).tagged([sentence], ["O", "B-x", "I-x"], "f")
     assert found.rows == [Row([1, 10, 11, 6, 12, 13, 2], [-100, 1, -100, 2, -100, 0, -100], (1, 3, 5))]
-    cut = Encoder(word_piece(), 5).tagged([sentence], ["O", "B-x", "I-x"], "f")
+    cut = Encoder(word_tokenizer(), 5).tagged([sentence], ["O", "B-x", "I-x"], "f")
     assert cut.truncated == 1 and cut.rows == [Row([1, 10, 11, 6, 2], [-100, 1, -100, 2, -100], (1, 3, None))]
     logits = np.eye(3)[[0, 1, 0, 2, 0]]
     assert metrics.tags_of(cut.rows, [logits], ["O", "B-x", "I-x"]) == [["B-x", "I-x", "O"]]
     with pytest.raises(ValueError, match="f, line 6: unknown tag 'I-x'"):
-        Encoder(word_piece(), 9).tagged([sentence], ["O", "B-x"], "f")
+        Encoder(word_tokenizer(), 9).tagged([sentence], ["O", "B-x"], "f")
 
 
 def test_only_the_completion_is_learned():
@@ -401,7 +392,7 @@ def test_sentiment_from_file_to_folder_and_back(bert, reviews, tmp_path):
     assert f"| accuracy | {report.before['accuracy']:.4f} | 1.0000 |" in card and "| lora_alpha | 16 |" in card
 
     predictor = load(out)
-    ids = [word_piece().encode("the film was good")]
+    ids = [word_tokenizer().encode("the film was good")]
     report.model.eval()
     np.testing.assert_array_equal(predictor.model(ids).data, report.model(ids).data)
     good, bad = predictor.predict(["the film was good", "a unlikely film was bad"])

@@ -15,6 +15,7 @@ from parity_twins import (
     in_peft,
     keys_of,
     logits_of,
+    opened_in_peft,
     peft,
     random_options,
     randomise_theirs,
@@ -45,7 +46,7 @@ def test_saved_here_loads_in_peft(name, i, tmp_path, rng):
     save_adapter(ours, tmp_path)
     ids = rng.integers(1, ours.cfg.vocab_size, (2, 7))
     expected = ours(ids).data
-    close(logits_of(peft.PeftModel.from_pretrained(theirs, tmp_path).eval(), ids).detach().numpy(), expected, 1e-10)
+    close(opened_in_peft(theirs, tmp_path, ids), expected, 1e-10)
 
     again = Transformer(ours.cfg, dtype="float64")
     again.load_state_dict({path: p for path, p in ours.state_dict().items() if path in again.state_dict()})
@@ -102,7 +103,7 @@ def test_separate_q_k_v_become_one_block_diagonal_c_attn(strength, tmp_path, rng
     set_scale(ours, "default", strength)
     save_adapter(ours, tmp_path)
     ids = rng.integers(1, ours.cfg.vocab_size, (2, 7))
-    close(logits_of(peft.PeftModel.from_pretrained(theirs, tmp_path).eval(), ids).detach().numpy(), ours(ids).data, 1e-10)
+    close(opened_in_peft(theirs, tmp_path, ids), ours(ids).data, 1e-10)
     again, _ = twins("gpt2")
     load_adapter(again, tmp_path)
     close(again(ids).data, ours(ids).data, 1e-12)
@@ -135,7 +136,7 @@ def test_an_adapter_on_the_packed_qkv(name, tmp_path, rng):
     randomised(ours, rng)
     save_adapter(ours, tmp_path)
     ids = rng.integers(1, ours.cfg.vocab_size, (2, 7))
-    close(logits_of(peft.PeftModel.from_pretrained(theirs, tmp_path).eval(), ids).detach().numpy(), ours(ids).data, 1e-10)
+    close(opened_in_peft(theirs, tmp_path, ids), ours(ids).data, 1e-10)
 
 
 @pytest.mark.parametrize(("name", "saved"), [
