@@ -52,7 +52,7 @@ class NumpyKernels(BlockFormulas):
         if a.ndim > b.ndim == 2:                                   # one product, not one for each leading index
             return self.matmul(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[-1])
         a, b = for_blas(a), for_blas(b)
-        if a.size * b.shape[-1] <= ALONE:
+        if a.size * b.shape[-1] <= ALONE or a.ndim == b.ndim == 2 and len(a) == 1:     # one row: BLAS shares it out better
             return a @ b
         if a.ndim == b.ndim == 2:
             return self._product(a, b, None)
@@ -82,7 +82,7 @@ class NumpyKernels(BlockFormulas):
         return y
 
     def linear(self, x: Array, W: Array, b: Array | None) -> Array:
-        return super().linear(x, W, b) if x.size * len(W) <= ALONE else self._product(x, W.T, b)
+        return super().linear(x, W, b) if x.size * len(W) <= ALONE or len(x) == 1 else self._product(x, W.T, b)
 
     def feed_forward(self, x: Array, W1: Array, b1: Array | None, W2: Array, b2: Array | None, activation: str, slope: bool,
                      hidden: bool) -> tuple[Array, Array | None, Array | None]:
