@@ -52,7 +52,7 @@ class NumpyKernels(BlockFormulas):
         if a.ndim > b.ndim == 2:                                   # one product, not one for each leading index
             return self.matmul(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b).reshape(*a.shape[:-1], b.shape[-1])
         a, b = for_blas(a), for_blas(b)
-        if a.size * b.shape[-1] <= ALONE or a.ndim == b.ndim == 2 and len(a) == 1:     # one row: BLAS shares it out better
+        if a.size * b.shape[-1] <= ALONE or (a.ndim == b.ndim == 2 and len(a) == 1):     # one row: BLAS shares it out better
             return a @ b
         if a.ndim == b.ndim == 2:
             return self._product(a, b, None)
