@@ -73,19 +73,21 @@ FORMS = {                                                  # what the value must
 }
 
 
-def read_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def read_adapter(directory: str | os.PathLike[str], known: Collection[str] = (),
+                 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """A PEFT LoRA folder as (config, modules), on the host.
 
     config: the file's keys, and PEFT's defaults for those it leaves out. modules: the module's path in the file -> {"A"
     (r, in), "B" (out, r), "scale" s, "embedding" bool}: the update of its weight (out, in), or of an embedding table (V, D),
     is s·B@A. A module that was saved whole has {"weight"} and perhaps {"bias"} instead, in the file's layout; one whose base
-    PEFT saved along has "base_weight" too. F16 stays F16; BF16 becomes float32, exactly.
+    PEFT saved along has "base_weight" too. F16 stays F16; BF16 becomes float32, exactly. known: as of read_config; with
+    "lora_bias" entries have "lora_bias" (out,), of B, with "bias" each trained bias is a "base_bias".
 
     Raises FileNotFoundError if the folder or a file is missing, and ValueError for anything in them that is not as it
     should be.
     """
     folder = existing(directory)
-    options = read_config(folder / CONFIG)
+    options = read_config(folder / CONFIG, known)
     config, tensors = to_lora_config(options), read_safetensors(folder / WEIGHTS)
     return options, {path: module_entry(path, {leaf: tensors[key] for leaf, key in keys.items()}, options, config)
                      for path, keys in modules_of(folder / WEIGHTS, tensors).items()}
@@ -133,9 +135,8 @@ def write_adapter(directory: str | os.PathLike[str], config: dict[str, Any], mod
     than by their whole paths. note: what a reader of the folder should know, for notes.txt. An interrupted write leaves the
     old adapter or none. Raises ValueError without a low-rank module, OSError if the folder cannot be written.
     """
-    tensors = dict[str, np.ndarray]()
-    for path, entry in modules.items():
-        tensors |= {f"{PREFIX}{path}.{leaf}": np.ascontiguousarray(array) for leaf, array in leaves_of(entry).items()}
+    tensors = {f"{PREFIX}{path}.{leaf}": np.ascontiguousarray(array) for path, entry in modules.items()
+               for leaf, array in leaves_of(entry).items()}
     text = config_text(config, {path: (e["A"].shape[0], e["scale"]) for path, e in modules.items() if "A" in e},
                        {re.sub(r"^classifier\..*", "classifier", path)              # RoBERTa's has two layers
                         for path, e in modules.items() if "A" not in e}, target_modules)
@@ -257,7 +258,7 @@ def module_entry(path: str, leaves: dict[str, Any], options: dict[str, Any], con
     bias = {"lora_bias": leaves.get("lora_B.bias")} if options["lora_bias"] and not table else {}
     expected = {first, second, "lora_B.bias"} if bias else {first, second}
     if leaves.keys() - whole.keys() - {f"base_layer.{leaf}" for leaf in ("weight", "bias")} != expected:
-        if set(leaves) - {"bias"} != {"weight"}:
+        if set(leaves) - {"bias"} != {"weight"} and (set(leaves), options["bias"]) != ({"bias"}, "all"):
             raise ValueError(f"{path} has {', '.join(sorted(leaves))}, expected lora_A and lora_B, or a weight: save it again")
         # A table that is not in modules_to_save is PEFT's copy of a base whose vocabulary was resized.
         return whole if saved_whole(options, path) else {f"base_{leaf}": array for leaf, array in whole.items()}

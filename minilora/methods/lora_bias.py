@@ -20,6 +20,9 @@ from .files import FileFormat
 from .own_bias import own_bias
 
 
+SURPLUS = (".original_module.bias", ".modules_to_save.bias")           # of a classifier, beside the bias that counts
+
+
 @register("lora:bias")
 class LoRABias(LoRA):
     """W' = W + s·B@A  and  b' = b₁ + s·c.   Trains A (r, in), B (out, r), and one or both of c (out,) and b₁ (out,).
@@ -85,7 +88,7 @@ class LoRABiasFormat(FileFormat):
         if base and module in layers:
             weight = layers[module].weight
             return bool(np.array_equal(value.astype(weight.dtype), to_host(weight)))
-        return key.endswith((".original_module.bias", ".modules_to_save.bias"))
+        return key.endswith(SURPLUS)
 
 
 LoRABiasFormat("lora:bias", "LORA_BIAS", LoraConfig,

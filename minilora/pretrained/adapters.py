@@ -7,7 +7,7 @@ What is said of ΔW = s·B@A needs only its thin factors: an inner product of tw
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..lora.peft_format import (
     to_lora_config,
 )
 from ..lora.svd import singular_values
+from ..methods.lora_bias import SURPLUS
 from ..rank.report import text_table
 from .tensors import TensorFile, TensorWriter, encode
 
@@ -39,16 +40,16 @@ WIDEST = ("F64", "F32", "BF16", "F16")
 class AdapterFolder(Mapping[str, dict[str, Any]]):
     """Module path -> its entry as `read_adapter` gives it, read when asked for; with "dtype", the file's.
 
-    `options` is the config. Unlike `read_adapter` it knows lora_bias, the bias of B: then an entry has "lora_bias" (out,).
+    `options` is the config. known: the biases that the caller knows how to treat, as of `read_adapter`.
     Config, keys, ranks and shapes are checked when the folder is opened, values when they are read.
     Raises as `read_adapter` does.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], known: Collection[str] = ("lora_bias",)) -> None:
         self.folder = existing(directory)
-        self.options = read_config(self.folder / CONFIG, known=("lora_bias",))
+        self.options = read_config(self.folder / CONFIG, known)
         self._config, self._file = to_lora_config(self.options), TensorFile(self.folder / WEIGHTS)
-        self._keys = modules_of(self.folder / WEIGHTS, self._file.places)
+        self._keys = modules_of(self.folder / WEIGHTS, [key for key in self._file.places if not key.endswith(SURPLUS)])
         nothing = np.float32(0)                            # arrays of the right shapes that take no memory
         self.shapes = {path: self._entry(path, lambda key: np.broadcast_to(nothing, self._file.places[key].shape))
                        for path in self._keys}

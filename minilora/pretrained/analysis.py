@@ -11,7 +11,7 @@ from ..rank import report
 from .adapters import AdapterFolder
 from .hub import located
 from .load import load_pretrained
-from .merge import HEAD, adapter_plan, stored_flipped, tied_table
+from .merge import BIASES, HEAD, adapter_plan, stored_flipped, tied_table
 from .tensors import Checkpoint
 
 
@@ -22,7 +22,7 @@ class StoredBase:
     """
 
     def __init__(self, base: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:
-        self.checkpoint, self.adapter = Checkpoint(base), AdapterFolder(directory)
+        self.checkpoint, self.adapter = Checkpoint(base), AdapterFolder(directory, BIASES)
         plan = adapter_plan(self.checkpoint, self.adapter)
         table = tied_table(self.checkpoint, plan)
         self.keys = {path: table if key == HEAD and key not in self.checkpoint.files else key

@@ -26,6 +26,7 @@ ROWS = 1 << 22                                             # elements of a block
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")     # of the base alone
 COLUMNS = {"dtype": "dtype", "shape": "shape", "norm": "‖ΔW‖", "kept": "kept", "error": "error"}
 HEAD = "lm_head.weight"
+BIASES = ("lora_bias", "bias")                             # options of an adapter that a merge knows
 
 
 def merge_checkpoint(base: str | os.PathLike[str], directory: str | os.PathLike[str], out: str | os.PathLike[str], *,
@@ -34,10 +35,11 @@ def merge_checkpoint(base: str | os.PathLike[str], directory: str | os.PathLike[
 
     base: a folder with model.safetensors, or shards and their index; or a name, as for load_pretrained. Every tensor keeps its
     name, dtype and shard; the update is added in float64 (float32 for a base in 16 bits) and rounded once, to nearest even.
-    Where the adapter's config says fan_in_fan_out, weights stored (in, out) get ΔWᵀ. lora_bias is added to the bias; modules
-    saved whole replace their tensors, or are added where the base has none (a new classifier). Other files of the base are
-    copied; weights in other formats are not, since they would be those of the base. untie: give a tied head its own tensor, so
-    that an adapter on the table (or on the head) changes that one alone. force: replace a checkpoint in `out`.
+    Where the adapter's config says fan_in_fan_out, weights stored (in, out) get ΔWᵀ. lora_bias is added to the bias; trained
+    biases (bias "lora_only" or "all") replace theirs, and so do modules saved whole, or are added where the base has none (a
+    new classifier). Other files of the base are copied; weights in other formats are not, since they would be those of the
+    base. untie: give a tied head its own tensor, so that an adapter on the table (or on the head) changes that one alone.
+    force: replace a checkpoint in `out`.
 
     The report has for each module norm = ‖ΔW‖_F, kept = ⟨W' - W, ΔW⟩ / ‖ΔW‖², the share of the update that survived
     rounding (1 is all, 0 nothing), and error = ‖W' - W - ΔW‖ / ‖ΔW‖; its summary has the same of all together.
@@ -47,7 +49,7 @@ def merge_checkpoint(base: str | os.PathLike[str], directory: str | os.PathLike[
     nothing is left in `out`.
     """
     base = located(base)
-    checkpoint, adapter = Checkpoint(base), AdapterFolder(directory)
+    checkpoint, adapter = Checkpoint(base), AdapterFolder(directory, BIASES)
     plan = adapter_plan(checkpoint, adapter)
     notes = []
     table = tied_table(checkpoint, plan)
@@ -70,26 +72,29 @@ def merge_checkpoint(base: str | os.PathLike[str], directory: str | os.PathLike[
 
 
 def adapter_plan(checkpoint: Checkpoint, adapter: AdapterFolder) -> dict[str, tuple[str, str]]:
-    """Tensor name in the base -> (module of the adapter, "delta" | "lora_bias" | "weight" | "bias").
+    """Tensor name in the base -> (module of the adapter, "delta" | "lora_bias" | "base_bias" | "weight" | "bias").
 
     A base saved without its head lacks the first part of every name (GPT-2's "transformer."), or has it where the adapter,
     trained on the bare model, does not.
     """
+    trained = adapter.options["bias"] != "none"            # else a base's bias in the file is PEFT's copy of it
+    biases = ("base_bias", "lora_bias") if trained else ("lora_bias",)         # the second, where a module has both
+
     def tensors(rename: Any) -> dict[str, tuple[str, str]]:
-        plan = {}
+        plan: dict[str, tuple[str, str]] = {}
         for path, shape in adapter.shapes.items():
+            plan |= {f"{rename(path)}.bias": (path, kind) for kind in biases if kind in shape}
             if "A" in shape:
                 plan[f"{rename(path)}.weight"] = path, "delta"
-                plan |= {f"{rename(path)}.bias": (path, "lora_bias")} if "lora_bias" in shape else {}
             plan |= {f"{rename(path)}.{leaf}": (path, leaf) for leaf in ("weight", "bias") if leaf in shape}
         return plan
 
-    factors = [path for path, shape in adapter.shapes.items() if "A" in shape]
+    inside = [path for path, shape in adapter.shapes.items() if "A" in shape or set(shape) == {"base_bias", "dtype"}]
     roots = {key.partition(".")[0] for key in checkpoint.files}
-    renames = [lambda path: path, lambda path: path.partition(".")[2] if path in factors else path,
-               *((lambda path, root=root: f"{root}.{path}" if path in factors else path) for root in sorted(roots))]
+    renames = [lambda path: path, lambda path: path.partition(".")[2] if path in inside else path,
+               *((lambda path, root=root: f"{root}.{path}" if path in inside else path) for root in sorted(roots))]
     plans = [tensors(rename) for rename in renames]
-    missing = [sorted(key for key, (_, kind) in plan.items() if kind in ("delta", "lora_bias") and key not in checkpoint.files
+    missing = [sorted(key for key, (_, kind) in plan.items() if kind not in ("weight", "bias") and key not in checkpoint.files
                       and key != HEAD) for plan in plans]
     fits = [plan for plan, lacks in zip(plans, missing) if not lacks]
     if not fits:
@@ -188,14 +193,14 @@ def _one(checkpoint: Checkpoint, adapter: AdapterFolder, plan: dict[str, tuple[s
         writer.add_chunks(key, place.dtype, place.shape, checkpoint.files[source].chunks(source))
         return
     entry = adapter[path]
-    if kind in ("weight", "bias"):                         # saved whole
+    if kind in ("weight", "bias", "base_bias"):            # saved whole
         dtype = checkpoint.place(source).dtype if source is not None else entry["dtype"]
         writer.add(key, entry[kind], dtype)
         return
     assert source is not None
     place, W = checkpoint.place(source), checkpoint.array(source)
     if kind == "lora_bias":
-        writer.add(key, W + entry["scale"] * entry["lora_bias"].astype(np.float64), place.dtype)
+        writer.add(key, entry.get("base_bias", W) + entry["scale"] * entry["lora_bias"].astype(np.float64), place.dtype)
         return
     sums: dict[str, float] = {}
     flip = stored_flipped(adapter, path, W.shape)

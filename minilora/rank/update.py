@@ -91,9 +91,9 @@ def found_in(source: Transformer | str | PathLike[str], name: str) -> tuple[dict
                 A, B = (t.data if isinstance(t, Tensor) else t for t in factors[:2])
                 found[path] = Update(A, B, float(factors[2]))
     else:
-        for path, entry in sorted(read_adapter(source)[1].items(), key=lambda item: _by_number(item[0])):
+        for path, entry in sorted(read_adapter(source, ("lora_bias", "bias"))[1].items(), key=lambda item: _by_number(item[0])):
             if "A" not in entry:
-                left_out[path] = "saved whole"
+                left_out[path] = "a bias alone" if set(entry) == {"base_bias"} else "saved whole"
             else:
                 found[path] = Update(entry["A"], entry["B"], float(entry["scale"]))
     return found, left_out

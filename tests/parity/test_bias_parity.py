@@ -6,8 +6,10 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.torch
 from parity_twins import close, in_peft, keys_of, logits_of, opened_in_peft, peft, randomise_theirs, randomised, torch, twins
 
+import minilora
 from minilora.autograd import cross_entropy
 from minilora.backend import to_host
 from minilora.lora import (
@@ -114,6 +116,25 @@ def test_files_both_ways(name, which, tmp_path, rng):
     close(opened_in_peft(other, tmp_path / "ours", ids), expected, 1e-10)
     load_adapter(fresh, tmp_path / "ours", "again")
     np.testing.assert_array_equal(fresh(ids).data, ours(ids).data)
+
+
+@pytest.mark.parametrize(("name", "which"), [case for case in CASES if case[0] != "llama"])          # which has no biases
+def test_merging_files(name, which, tmp_path, rng):
+    """PEFT's folder merged into its base's folder, without a model, gives the logits of PEFT; and analyze reads it."""
+    ours, theirs, options = made(name, which)
+    options["target_modules"] = [target for target in options["target_modules"] if target not in ("up_proj", "wte")]
+    theirs.save_pretrained(tmp_path / "base")
+    wrapped = in_peft(theirs, ours.cfg, options)
+    randomise_theirs(wrapped, rng)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    minilora.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = made(name, which)[1]
+    keys = merged.load_state_dict(safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors"), strict=False)
+    assert not keys.unexpected_keys
+    ids = rng.integers(1, ours.cfg.vocab_size, (2, 7))
+    close(logits_of(merged, ids).detach().numpy(), logits_of(wrapped, ids).detach().numpy(), 1e-10)
+    targets = {path for path, module in wrapped.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert set(minilora.analyze(tmp_path / "adapter", tmp_path / "base").modules) == targets
 
 
 @pytest.mark.parametrize(("name", "which"), [case for case in CASES if case[0] in ("gpt2", "bert", "qwen2")])
