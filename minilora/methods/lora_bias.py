@@ -19,7 +19,6 @@ from ..nn import Embedding, Linear, Parameter
 from .files import FileFormat
 from .own_bias import own_bias
 
-
 SURPLUS = (".original_module.bias", ".modules_to_save.bias")           # of a classifier, beside the bias that counts
 
 
