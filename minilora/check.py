@@ -99,7 +99,9 @@ def _find(exercise: str) -> Exercise:
 
 def _shown(value: Any) -> str:
     """A value for a line of text: four digits of a float."""
-    if isinstance(value, float | np.floating) or (isinstance(value, np.ndarray) and value.shape == () and value.dtype.kind == "f"):
+    if isinstance(value, np.ndarray) and value.shape == ():
+        value = value.item()
+    if isinstance(value, float | np.floating):
         return f"{float(value):.4g}"
     if isinstance(value, tuple | list):
         return ", ".join(map(_shown, value))

@@ -1,7 +1,7 @@
 """Five tests that tell a LoRA from something else, and an audit of which arrays a training run changed.
 
-A falling loss proves nothing: recipes that are no LoRA learn too, and some learn better. What makes it LoRA is the rest: it starts
-as a no-op, trains few numbers, keeps W, and its update has low rank (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+A falling loss proves nothing: recipes that are no LoRA learn too, and some learn better. What makes it LoRA is the rest: it
+starts as a no-op, trains few numbers, keeps W, and its update has low rank (Hu et al. 2021, arXiv:2106.09685, section 4.1).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def is_lora(weight_fn: Any, params: Mapping[str, Any] | None = None, frozen: Map
             steps: int = 300, lr: float = 3e-3, seed: int = 0) -> LoraReport:
     """Train a recipe for an adapted weight, and say whether it is a LoRA of rank r.
 
-    weight_fn(params, frozen) -> W_eff (out, in).  params: {name: array} that is trained; frozen: {name: array} that is not. Both are
-    copied, as float64. base: the pretrained W (out, in) that the recipe should adapt; default frozen["W"].
+    weight_fn(params, frozen) -> W_eff (out, in).  params: {name: array} that is trained; frozen: {name: array} that is not.
+    Both are copied, as float64. base: the pretrained W (out, in) that the recipe should adapt; default frozen["W"].
     Or weight_fn is one of our adapters (it has adapted_weight), params is None, and base or frozen["W"] is its layer's weight.
 
     The five tests, by their names in `ticks`:
@@ -54,11 +54,11 @@ def is_lora(weight_fn: Any, params: Mapping[str, Any] | None = None, frozen: Map
         low rank                rank(W_eff - W) <= r after training
         learns                  the loss falls below half of the base's
 
-    data: (x (n, in), y (n, out)); default: y = x (W + a planted update of rank r)ᵀ + noise. The loss is the mean of (x W_effᵀ - y)²,
-    minimised by `steps` of Adam at `lr`.
-    gradient(params, frozen, G) -> {name: ∂loss/∂params[name]}, with G = ∂loss/∂W_eff (out, in). Default: autograd, weight_fn being
-    called with Tensors as params (so operators, .T, .sum and ml functions work); if it is plain NumPy and cannot take Tensors,
-    central differences, two calls of weight_fn for each trained number and step: keep such a recipe small.
+    data: (x (n, in), y (n, out)); default: y = x (W + a planted update of rank r)ᵀ + noise. The loss is the mean of
+    (x W_effᵀ - y)², minimised by `steps` of Adam at `lr`.
+    gradient(params, frozen, G) -> {name: ∂loss/∂params[name]}, with G = ∂loss/∂W_eff (out, in). Default: autograd, weight_fn
+    being called with Tensors as params (so operators, .T, .sum and ml functions work); if it is plain NumPy and cannot take
+    Tensors, central differences, two calls of weight_fn for each trained number and step: keep such a recipe small.
 
     Raises ValueError if the base is not known, or shapes do not fit. An exception inside weight_fn is passed on.
     """
@@ -86,7 +86,8 @@ def is_lora(weight_fn: Any, params: Mapping[str, Any] | None = None, frozen: Map
     rank = _rank(end - W, W)
     away = float(np.abs(start - W).max(initial=0.0))
     found = {
-        "no-op at the start": (np.array_equal(start, W), "W_eff is W" if away == 0 else f"W_eff is up to {away:.1e} away from W"),
+        "no-op at the start": (np.array_equal(start, W),
+                               "W_eff is W" if away == 0 else f"W_eff is up to {away:.1e} away from W"),
         "few numbers": (count <= most, f"{count} trained; r(in + out) + r is {most}, W has {W.size}"),
         "base kept": (bool(held) and not changed, f"frozen {', '.join(changed)} changed" if changed else (
             f"{held[0]} has W's bytes after training" if held else "no frozen array holds W")),
@@ -215,7 +216,7 @@ class Audit:
 def audit(before: Any, after: Any) -> Audit:
     """What happened between two states: {name: array} each, or anything with state_dict().
 
-    `before` must be copies. Raises ValueError if an array of `before` shares its memory with `after`'s: it would have changed too.
+    `before` must be copies. Raises ValueError if an array of `before` shares its memory with `after`'s: both would change.
     """
     old, new = _state(before), _state(after)
     shared = [name for name in old if name in new and old[name].size and np.shares_memory(old[name], new[name])]
