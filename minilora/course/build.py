@@ -29,19 +29,18 @@ _PRIVATE = re.compile(r"(?<![\w.])(?:/(?:home|Users|root|tmp|work|usr|opt|var)/|
 
 
 def build(folder: Path, registry: Mapping[str, Exercise], numbers: list[str] | None = None, *, lang: str = "en",
-          quick: bool = False, check: bool = False) -> list[str]:
-    """Build the notebooks of some lessons (default all) in a notebooks folder, and say in lines what was done.
+          quick: bool = False, check: bool = False) -> Iterator[str]:
+    """Build the notebooks of some lessons (default all) in a notebooks folder; yields a line for each that is done.
 
     quick: run every cell in its short form (MINILORA_QUICK=1) and write nothing. check: run nothing and write nothing, compare
     the notebooks there with the sources. Raises ValueError if a notebook is behind its source, a translation behind its text,
     a cell writes to stderr, or an `exact` cell prints something else than before; RuntimeError if a cell raises.
     """
-    done = []
     for path in lessons(folder, numbers):
         cells = read(path)
         if check:
             _compare(folder, path, cells, registry)
-            done.append(f"{path.stem}: as the source has it")
+            yield f"{path.stem}: as the source has it"
             continue
         target = folder / (lang if lang != "en" else "") / f"{path.stem}.ipynb"
         notebook = notebook_of(in_language(cells, lang), registry, depth=int(lang != "en"))
@@ -54,13 +53,12 @@ def build(folder: Path, registry: Mapping[str, Exercise], numbers: list[str] | N
         if quick:
             if target.exists():
                 _same_exact(path.stem, notebook, _load(target))
-            done.append(f"{path.stem}: ran")
+            yield f"{path.stem}: ran"
             continue
         _write(target, notebook)
         if lang == "en":
             _write(folder / "solutions" / target.name, notebook_of(in_language(cells), registry, solved=True, depth=1))
-        done.append(f"{path.stem}: {target}")
-    return done
+        yield f"{path.stem}: {target}"
 
 
 def notebook_of(cells: list[Cell], registry: Mapping[str, Exercise], *, solved: bool = False, depth: int = 0) -> Notebook:
@@ -77,7 +75,7 @@ def notebook_of(cells: list[Cell], registry: Mapping[str, Exercise], *, solved: 
             source = _LINK.sub(lambda link: f"]({'../' * depth}{link[1]})", source)
         name = cell.attributes.get("exercise") or cell.attributes.get("check")
         if name and name not in registry:
-            raise ValueError(f"line {cell.line}: no exercise is called {name!r}; expected an entry in minilora/course/lesson_NN.py")
+            raise ValueError(f"line {cell.line}: no exercise is called {name!r}; expected it in minilora/course/lesson_NN.py")
         if name and not answers.get(name):
             raise ValueError(f'line {cell.line}: expected a cell check="{name}" with check.{name}(answer)')
         graded = {"grade": False, "grade_id": name, "locked": False, "schema_version": 3, "solution": False, "task": False}
@@ -151,7 +149,7 @@ def _cleaned(outputs: Any) -> list[dict[str, Any]]:
 
 
 def faults(notebook: Notebook) -> list[str]:
-    """What must not stand in a notebook that is shown: stderr, errors, widgets, large outputs, a machine's paths and addresses."""
+    """What must not stand in a notebook that is shown: stderr, errors, widgets, large outputs, paths and addresses."""
     found = ["metadata.widgets: GitHub refuses to show it"] if "widgets" in notebook["metadata"] else []
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):
