@@ -1,4 +1,4 @@
-"""The lessons' sources, for the tests: which exercises they hold, and their solutions, run as `minilora course grade` runs answers."""
+"""The lessons' sources, for the tests: their exercises, and the solutions, run as `minilora course grade` runs answers."""
 
 from __future__ import annotations
 
