@@ -1,4 +1,4 @@
-"""is_lora tells a LoRA from recipes that only look like one, by autograd, given gradients or differences; audit sees each byte."""
+"""is_lora tells a LoRA from recipes that only look like one, by autograd, gradients or differences; audit sees each byte."""
 
 import math
 

@@ -60,7 +60,7 @@ def _build(args: argparse.Namespace) -> None:
 def _grade(args: argparse.Namespace) -> None:
     if args.seconds <= 0 or args.seed < 0:
         raise ValueError(f"--seconds {args.seconds:g} --seed {args.seed}: expected a time above 0 and a seed of at least 0")
-    report = grade(args.files, exercises(), seconds=args.seconds, seed=args.seed)
+    report = grade(args.files, seconds=args.seconds, seed=args.seed)
     if args.csv:
         report.write_csv(args.csv)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else report.table())
