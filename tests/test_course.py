@@ -64,7 +64,8 @@ def test_cells():
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ('# %% exersise="a"\nx', "line 1: unknown attribute 'exersise'"), ("# %%\nx\n# %% exact=yes\ny", "line 3: exact=yes is no JSON"),
+    ('# %% exersise="a"\nx', "line 1: unknown attribute 'exersise'"),
+    ("# %%\nx\n# %% exact=yes\ny", "line 3: exact=yes is no JSON"),
     ("# %% [markdown]\n# text\ncode()", "line 3: a line of text without"),
 ])
 def test_a_wrong_header_is_named(text, says):
@@ -122,7 +123,8 @@ def test_cells_of_a_notebook():
     by_id = {cell["metadata"]["nbgrader"]["grade_id"]: cell["metadata"] for cell in cells if "nbgrader" in cell["metadata"]}
     assert by_id["tiny_double"] == {
         "minilora": {"exercise": "tiny_double", "answer": "tiny_double"},
-        "nbgrader": {"grade": False, "grade_id": "tiny_double", "locked": False, "schema_version": 3, "solution": True, "task": False}}
+        "nbgrader": {"grade": False, "grade_id": "tiny_double", "locked": False, "schema_version": 3, "solution": True,
+                     "task": False}}
     assert by_id["check_tiny_double"] == {
         "nbgrader": {"grade": True, "grade_id": "check_tiny_double", "locked": True, "points": 2, "schema_version": 3,
                      "solution": False, "task": False}}
@@ -140,7 +142,7 @@ def test_an_exercise_needs_a_checker_and_a_check():
     with pytest.raises(ValueError, match=r'expected a cell check="tiny_double"'):
         notebook_of(parse(tiny_lessons.SOURCE.replace("check.tiny_double(tiny_double)", "print()")), REGISTRY)
     with pytest.raises(ValueError, match="exercise 'tiny_double': expected a region"):
-        notebook_of(parse(tiny_lessons.SOURCE.replace("    # BEGIN SOLUTION\n", "").replace("    # END SOLUTION\n", "")), REGISTRY)
+        notebook_of(parse(re.sub(r"    # (BEGIN|END) SOLUTION\n", "", tiny_lessons.SOURCE)), REGISTRY)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("nbformat") is None, reason="nbformat is not installed")
@@ -170,7 +172,7 @@ def test_build_runs_and_writes(folder, capsys):
     list(build(folder, REGISTRY))
     assert (folder / "03_tiny.ipynb").read_bytes() == text                               # the same source, the same bytes
 
-    with pytest.raises(ValueError, match="zh/03_tiny.ipynb is not there"):
+    with pytest.raises(ValueError, match=r"zh.03_tiny\.ipynb is not there"):
         list(build(folder, REGISTRY, check=True))
     list(build(folder, REGISTRY, lang="zh"))
     translated = notebook(folder / "zh")
@@ -189,10 +191,8 @@ def test_build_runs_and_writes(folder, capsys):
 
 @needs_kernel
 @pytest.mark.parametrize(("line", "error", "says"), [
-    ("import sys; print('careful', file=sys.stderr)", ValueError, "writes to stderr: careful"),
-    ("import warnings; warnings.warn('old')", ValueError, "writes to stderr"), ("1 / 0", RuntimeError, "ZeroDivisionError"),
-    ("import os; print(os.path.abspath('/tmp/x/y'))", ValueError, "only this machine"), ("print('x' * 300_000)", ValueError, "300,0"),
-    ("object()", ValueError, "only this machine"),
+    ("import warnings; warnings.warn('old')", ValueError, "writes to stderr: .*old"),
+    ("1 / 0", RuntimeError, "ZeroDivisionError"),
 ])
 def test_build_refuses_what_should_not_be_shown(folder, line, error, says):
     (folder / "src" / "03_tiny.py").write_text(tiny_lessons.SOURCE + f"\n# %%\n{line}\n", encoding="utf-8")
@@ -201,12 +201,33 @@ def test_build_refuses_what_should_not_be_shown(folder, line, error, says):
     assert not (folder / "03_tiny.ipynb").exists()
 
 
+@pytest.mark.parametrize(("output", "says"), [
+    ({"output_type": "stream", "name": "stderr", "text": "careful"}, "writes to stderr: careful"),
+    ({"output_type": "error", "ename": "ValueError", "evalue": "", "traceback": []}, "raises ValueError"),
+    ({"output_type": "stream", "name": "stdout", "text": ["in\n", "/home/ann/x.npz"]}, "only this machine has: '/home/ann/x"),
+    ({"output_type": "stream", "name": "stdout", "text": "C:\\Users\\ann"}, "only this machine"),
+    ({"output_type": "execute_result", "data": {"text/plain": "<object object at 0x7f12ab34cd>"}}, "only this machine"),
+    ({"output_type": "display_data", "data": {"text/html": "<b>bold</b>"}}, "shows text/html"),
+    ({"output_type": "stream", "name": "stdout", "text": "x" * 200_001}, "an output of 200,0"),
+])
+def test_faults(output, says):
+    shown = unrun()
+    assert faults(shown) == []
+    shown["cells"][2]["outputs"] = [output]
+    assert len(faults(shown)) == 1 and says in faults(shown)[0]
+    shown["cells"][2]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "layers/q_proj 1/2 and/or a/b /s"}]
+    assert faults(shown) == []
+    shown["metadata"]["widgets"] = {}
+    assert "widgets" in faults(shown)[0]
+
+
 @needs_kernel
 def test_an_exact_cell_that_changed_is_seen(folder):
     source = folder / "src" / "03_tiny.py"
-    source.write_text(tiny_lessons.SOURCE.replace('print("two")', "import os\nprint(os.environ['MINILORA_QUICK'])"), encoding="utf-8")
+    line = "import os\nprint(os.environ['MINILORA_QUICK'])"
+    source.write_text(tiny_lessons.SOURCE.replace('print("two")', line), encoding="utf-8")
     list(build(folder, REGISTRY))
-    with pytest.raises(ValueError, match="c007: printed 'one.*1.*the notebook says 'one.*0"):
+    with pytest.raises(ValueError, match=r"c007: printed 'one.*1.*the notebook says 'one.*0"):
         list(build(folder, REGISTRY, quick=True))
 
 
@@ -227,9 +248,13 @@ RIGHT = "import numpy as np\ndef tiny_double(x):\n    return np.multiply(x, twic
 def student(folder: Path, *cells: str | tuple[str, str], name: str = "student.ipynb") -> Path:
     """A notebook of code cells; (exercise, source) has the metadata of the built one."""
     answers = {"tiny_double": "tiny_double", "tiny_count": "count"}
-    written = [{"cell_type": "code", "source": cell if isinstance(cell, str) else cell[1], "outputs": [], "metadata":
-                {} if isinstance(cell, str) else {"minilora": {"exercise": cell[0], "answer": answers[cell[0]]}}} for cell in cells]
-    (folder / name).write_text(json.dumps({"cells": written, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+    written = []
+    for cell in cells:
+        name_of, text = (None, cell) if isinstance(cell, str) else cell
+        metadata = {"minilora": {"exercise": name_of, "answer": answers[name_of]}} if name_of else {}
+        written.append({"cell_type": "code", "source": text, "outputs": [], "metadata": metadata})
+    whole = {"cells": written, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (folder / name).write_text(json.dumps(whole), encoding="utf-8")
     return folder / name
 
 
@@ -250,7 +275,8 @@ def test_grading_the_solutions_and_the_stubs(folder, monkeypatch):
     (["twice = 2.0", ("tiny_double", "def tiny_double(x):\n    ..."), RIGHT], "right", ""),              # answered in a copy
     (["twice = 2.0", ("tiny_double", RIGHT), ("tiny_double", RIGHT)], "right", ""),
     (["def helper(x):\n    return x + x", ("tiny_double", "def tiny_double(x):\n    return helper(x)")], "right", ""),   # split
-    (["def broken(:", "1 / 0", "while True: pass", "%matplotlib inline", ("tiny_double", "def tiny_double(x): return x + x")], "right", ""),
+    (["def broken(:", "1 / 0", "while True: pass", "%matplotlib inline", ("tiny_double", "def tiny_double(x): return x + x")],
+     "right", ""),
     ([("tiny_double", "def tiny_double(x): return x * x")], "wrong", "a square is not a double"),
     ([("tiny_double", "%time\nimport sys\ndef tiny_double(x):\n    sys.exit()")], "wrong", "it raised SystemExit"),
     ([("tiny_double", "import sys\nsys.exit()")], "wrong", "its cell raised SystemExit"),
@@ -279,9 +305,10 @@ def test_plain_files_are_graded(folder):
     assert marks(plain) == [("right", ""), ("open", "not found in the file")] and marks(percent) == [("right", "")] * 2
 
 
-@pytest.mark.parametrize("text", ["", "no json", "[]", "{}", '{"cells": 3}', '{"cells": [{}]}', '{"cells": [3]}', '{"cells": []}',
-                                  '{"cells": [{"cell_type": "code"}]}', '{"cells": [{"cell_type": "code", "source": 3}]}',
-                                  '{"cells": [{"cell_type": "code", "source": [1], "metadata": 3}]}', "[" * 100_000])
+@pytest.mark.parametrize("text", [
+    "", "no json", "[]", "{}", '{"cells": 3}', '{"cells": [{}]}', '{"cells": [3]}', '{"cells": []}', "[" * 100_000,
+    '{"cells": [{"cell_type": "code"}]}', '{"cells": [{"cell_type": "code", "source": 3}]}',
+    '{"cells": [{"cell_type": "code", "source": [1], "metadata": 3}]}'])
 def test_a_broken_notebook_is_one_line(folder, text):
     path = folder / "broken.ipynb"
     path.write_text(text)
@@ -292,7 +319,8 @@ def test_a_broken_notebook_is_one_line(folder, text):
 def test_missing_and_binary_files_are_broken(folder):
     (folder / "binary.ipynb").write_bytes(b"\x80\xff")
     (folder / "wrong.py").write_text("def f(:")
-    assert [mark for mark, _ in marks(folder / "none.ipynb", folder / "binary.ipynb", folder / "wrong.py", folder)] == ["broken"] * 4
+    found = marks(folder / "none.ipynb", folder / "binary.ipynb", folder / "wrong.py", folder)
+    assert [mark for mark, _ in found] == ["broken"] * 4
 
 
 def test_table_and_csv(folder):
@@ -324,7 +352,8 @@ def test_otter_files_run_as_plain_functions(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "otter", types.ModuleType("otter"))
     monkeypatch.setitem(sys.modules, "otter.test_files", module)
     monkeypatch.setattr("minilora.course.exercises", tiny_lessons.exercises)
-    for path, right, wrong, hint in zip(written, (lambda x: x + x, 42), (lambda x: x, 41), ("that is x", "one more"), strict=True):
+    answers = ((lambda x: x + x, lambda x: x, "that is x"), (42, 41, "one more"))
+    for path, (right, wrong, hint) in zip(written, answers, strict=True):
         space: dict = {}
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) == 8
