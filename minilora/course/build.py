@@ -102,7 +102,7 @@ def notebook_of(cells: list[Cell], registry: Mapping[str, Exercise], *, solved: 
 def execute(notebook: Notebook, folder: Path, *, quick: bool = False) -> None:
     """Run a notebook's cells in a fresh kernel with `folder` as working directory; the outputs go into it.
 
-    Raises ImportError without nbclient and nbformat, RuntimeError if a cell raises.
+    Raises ImportError without nbclient and nbformat, RuntimeError that names the cell if one raises.
     """
     try:
         import nbformat
@@ -113,10 +113,13 @@ def execute(notebook: Notebook, folder: Path, *, quick: bool = False) -> None:
     node = nbformat.from_dict(notebook)
     with _environment(MINILORA_QUICK="1" if quick else "0", NBGRADER_EXECUTION=None, MINILORA_CHECK=None, MPLBACKEND=None):
         try:
-            NotebookClient(node, timeout=900, kernel_name="python3", record_timing=False,
+            NotebookClient(node, timeout=900, kernel_name="python3", record_timing=False, extra_arguments=["--log-level=40"],
                            resources={"metadata": {"path": str(folder)}}).execute()
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-            raise RuntimeError(f"a cell failed: {str(error).strip()}") from None
+            ran = [cell for cell in node.cells if cell.cell_type == "code" and cell.execution_count]
+            said = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
+            which = f"cell {ran[-1].id}, which begins {ran[-1].source.splitlines()[0]!r}," if ran else "the kernel"
+            raise RuntimeError(f"{which} failed: {said.strip()}") from None
     for cell, ran in zip(notebook["cells"], node.cells, strict=True):
         if cell["cell_type"] == "code":
             cell["execution_count"] = ran.execution_count
