@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from ..data import Corpus
+from ..data import Corpus, load_corpus
 from ..nn import Transformer
 from ..studies.common import Pretraining, text_batches
+from ..studies.common import pretrain as pretrain_base
 from ..studies.text import SOURCE, TARGET, Setting, base_of, copy_of, windows_of
+from ..training import History
 
-__all__ = ["FULL", "SETTING", "SOURCE", "TARGET", "Clock", "Picture", "base", "batches", "show", "valid"]
+__all__ = ["FULL", "SETTING", "SOURCE", "TARGET", "Clock", "Picture", "base", "batches", "pretrain", "show", "valid"]
 
 FULL = os.environ.get("MINILORA_QUICK", "0") in ("", "0")     # whether runs have their full length
 SETTING = (Setting(64, 2, Pretraining(500, 32, 3e-3, 64), steps=150, batch=16, windows=64) if FULL
@@ -30,6 +32,14 @@ SETTING = (Setting(64, 2, Pretraining(500, 32, 3e-3, 64), steps=150, batch=16, w
 def base() -> Transformer:
     """A fresh copy of the pretrained base: float32, 256 bytes as vocabulary, d_model 64, 2 layers, 4 heads, 64 tokens."""
     return copy_of(base_of(SETTING))
+
+
+def pretrain(**watched: Any) -> tuple[Transformer, History]:
+    """Train that base now, and keep it as what `base` gives from the next start on: the model and the history of its training.
+
+    watched: evaluate, eval_every and callback, as for ml.train.
+    """
+    return pretrain_base(SETTING.config, load_corpus(SOURCE), SETTING.pretraining, SETTING.base_seed, **watched)
 
 
 def batches(corpus: Corpus, seed: int = 0) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
