@@ -353,7 +353,7 @@ print(f"{len(parameters)} arrays of a Transformer, {sum(p.size for p in paramete
 # - A gradient is checked with differences, in float64, against a *random* cotangent, on inputs that include the odd ones.
 # - A test is worth what the wrong answers that it refuses are worth.
 
-# %% [markdown]
+# %% [markdown] slide=true
 # ## The slide
 #
 # **How do you know a gradient is right?**

@@ -353,7 +353,7 @@ print(f"on Python source, which it has never seen: {ml.training.mean_loss(base, 
 # - The first loss is ln V. If it is not, find out why before you train.
 # - A loss means something beside a line: uniform, unigram, bigram.
 
-# %% [markdown]
+# %% [markdown] slide=true
 # ## The slide
 #
 # **What does the model know, and since when?**
