@@ -271,6 +271,7 @@ def watch(step, model, history):
     """Called after each update."""
     if step in (steps // 2, steps):
         samples[step] = writes(model)
+        print(f"after {step} updates: {samples[step][0]!r}")
 
 
 with lab.Clock() as clock:
@@ -303,7 +304,7 @@ lab.show(plots.learning_curve({"loss": history.loss, "eval": evaluations, "lines
 
 # %%
 for name, text in {"training": prose.train, "held out": prose.valid}.items():
-    print(f"{name:8s} text: {np.mean(text[1:] == text[:-1]):.0%} of the bytes repeat the byte before (runs of spaces)")
+    print(f"{name:8s} text: {np.mean(text[1:] == text[:-1]):.0%} of the bytes repeat the byte before (spaces, dashes)")
 
 # %% [markdown]
 # ## 4. What does it use?
