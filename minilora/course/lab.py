@@ -7,7 +7,6 @@ still run, but claims that need a trained model are asserted only at full length
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import plots
 from ..data import Corpus, load_corpus
 from ..nn import Transformer
 from ..studies.common import Pretraining, text_batches
@@ -64,9 +64,7 @@ class Picture:
 
 def show(figure: Any) -> Picture:
     """A matplotlib Figure as a PNG of 110 dots per inch that carries no software version and no time."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
-    return Picture(stream.getvalue())
+    return Picture(plots.png(figure))
 
 
 class Clock:

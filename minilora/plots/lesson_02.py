@@ -18,13 +18,13 @@ def learning_curve(data: dict[str, Any]) -> Figure:
     """data: loss, of every update; eval, [(updates, held-out loss)]; lines, {"uniform" | "unigram" | "bigram": nats a byte};
     crossed, {line: updates} for those lines that the held-out loss went below; samples, {updates: [text, …]}, at most three."""
     with plt.rc_context(STYLE | PROJECTOR):
-        figure, (ax, beside) = plt.subplots(1, 2, figsize=(14.5, 6.2), layout="constrained", width_ratios=(9, 6))
+        figure, (ax, beside) = plt.subplots(1, 2, figsize=(12.5, 5.8), layout="constrained", width_ratios=(8, 6))
         ax.plot(range(len(data["loss"])), data["loss"], color=GREY, linewidth=1, alpha=0.6, label="training, each update")
         ax.plot(*zip(*data["eval"]), "o-", color=BLUE, markersize=5, label="held out")
         steps = len(data["loss"])
         for name, (colour, meaning) in LINES.items():
             ax.axhline(data["lines"][name], color=colour, linestyle=(0, (4, 2)))
-            ax.annotate(f"{name}: {meaning}", (steps, data["lines"][name]), xytext=(0, 5), textcoords="offset points",
+            ax.annotate(f"{name}: {meaning}", (steps, data["lines"][name]), xytext=(0, 8), textcoords="offset points",
                         ha="right", color=colour, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1})
         for name, step in data["crossed"].items():
             ax.plot([step], [data["lines"][name]], "D", color=LINES[name][0], markersize=10, zorder=5)
