@@ -7,7 +7,6 @@ still run, but claims that need a trained model are asserted only at full length
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections.abc import Callable
@@ -15,12 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from ..data import Corpus
+from .. import plots
+from ..data import Corpus, load_corpus
 from ..nn import Transformer
 from ..studies.common import Pretraining, text_batches
+from ..studies.common import pretrain as pretrain_base
 from ..studies.text import SOURCE, TARGET, Setting, base_of, copy_of, windows_of
+from ..training import History
 
-__all__ = ["FULL", "SETTING", "SOURCE", "TARGET", "Clock", "Picture", "base", "batches", "show", "valid"]
+__all__ = ["FULL", "SETTING", "SOURCE", "TARGET", "Clock", "Picture", "base", "batches", "pretrain", "show", "valid"]
 
 FULL = os.environ.get("MINILORA_QUICK", "0") in ("", "0")     # whether runs have their full length
 SETTING = (Setting(64, 2, Pretraining(500, 32, 3e-3, 64), steps=150, batch=16, windows=64) if FULL
@@ -30,6 +32,14 @@ SETTING = (Setting(64, 2, Pretraining(500, 32, 3e-3, 64), steps=150, batch=16, w
 def base() -> Transformer:
     """A fresh copy of the pretrained base: float32, 256 bytes as vocabulary, d_model 64, 2 layers, 4 heads, 64 tokens."""
     return copy_of(base_of(SETTING))
+
+
+def pretrain(**watched: Any) -> tuple[Transformer, History]:
+    """Train that base now, and keep it as what `base` gives from the next start on: the model and the history of its training.
+
+    watched: evaluate, eval_every and callback, as for ml.train.
+    """
+    return pretrain_base(SETTING.config, load_corpus(SOURCE), SETTING.pretraining, SETTING.base_seed, **watched)
 
 
 def batches(corpus: Corpus, seed: int = 0) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
@@ -54,9 +64,7 @@ class Picture:
 
 def show(figure: Any) -> Picture:
     """A matplotlib Figure as a PNG of 110 dots per inch that carries no software version and no time."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
-    return Picture(stream.getvalue())
+    return Picture(plots.png(figure))
 
 
 class Clock:

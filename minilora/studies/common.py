@@ -92,24 +92,41 @@ def pretrained_base(cfg: TransformerConfig, corpus: Corpus, recipe: Pretraining,
                     progress: Callable[[str], None] = lambda _: None) -> Transformer:
     """A base model pretrained on the corpus: from the cache if it was made before, else made now and cached.
 
-    The file's name is a digest of everything it depends on. A file that cannot be read is made anew.
+    A file that cannot be read is made anew.
     """
-    key = json.dumps([CACHE_VERSION, cfg.to_dict(), corpus.sha256, asdict(recipe), seed], sort_keys=True)
-    path = cache_folder() / f"base-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
     model = Transformer(cfg, seed=seed)
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(load_file(_place(cfg, corpus, recipe, seed)))
         return model
     except (OSError, SafetensorError, KeyError, ValueError):
         progress(f"pretraining the base on {corpus.name}")
-    config = training.TrainConfig(steps=recipe.steps, lr=recipe.lr, warmup=0.1, schedule="cosine", weight_decay=0.01, clip=1.0)
-    training.train(model, text_batches(corpus, recipe.batch, recipe.tokens, seed), config)
+    return pretrain(cfg, corpus, recipe, seed, progress)[0]
+
+
+def pretrain(cfg: TransformerConfig, corpus: Corpus, recipe: Pretraining, seed: int,
+             progress: Callable[[str], None] = lambda _: None, eval_every: int | None = None,
+             **watched: Any) -> tuple[Transformer, training.History]:
+    """Pretrain a base now, and put it where `pretrained_base` looks for it. Returns it with the history of its training.
+
+    eval_every and watched (evaluate, callback) are as for `train`: they look at the run and change nothing.
+    """
+    model = Transformer(cfg, seed=seed)
+    config = training.TrainConfig(steps=recipe.steps, lr=recipe.lr, warmup=0.1, schedule="cosine", weight_decay=0.01, clip=1.0,
+                                  eval_every=eval_every)
+    history = training.train(model, text_batches(corpus, recipe.batch, recipe.tokens, seed), config, **watched)
+    path = _place(cfg, corpus, recipe, seed)
     try:
         with whole_files(path.parent, "the base") as folder:
             (folder / path.name).write_bytes(save(model.state_dict()))
     except OSError as error:                                       # a cache is a convenience: the result is there without it
         progress(f"the base is not cached ({error})")
-    return model
+    return model, history
+
+
+def _place(cfg: TransformerConfig, corpus: Corpus, recipe: Pretraining, seed: int) -> Path:
+    """Where a base is kept: the file's name is a digest of everything it depends on."""
+    key = json.dumps([CACHE_VERSION, cfg.to_dict(), corpus.sha256, asdict(recipe), seed], sort_keys=True)
+    return cache_folder() / f"base-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
 
 
 def text_batches(corpus: Corpus, batch: int, tokens: int, seed: int) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
