@@ -4,7 +4,7 @@
 # **Which of twenty relatives of LoRA is really different?**
 #
 # *You will do:* write a new method in eight lines. Put twenty methods onto one small model and look what each one can
-# do. Train ten of them with one budget and one protocol.
+# do. Train thirteen of them with one budget and one protocol.
 #
 # *You will learn:* that a method is a function from few numbers to a weight. That several names are the same training
 # run with another learning rate. Which relatives reach other updates than LoRA, and what that is worth here.
@@ -12,7 +12,7 @@
 # *You need:* lesson 03 (A, B, s = α/r, W is never changed) and lesson 04 (rank).
 
 # %% [markdown] teacher=true
-# **For the teacher.** 60 minutes: section 1 takes 20, section 2 takes 10, section 3 takes 15, section 4 takes 15.
+# **For the teacher.** 60 minutes: section 1 takes 20, section 2 takes 10, section 3 takes 20, section 4 takes 10.
 #
 # *Board plan.* Left, and never wiped: W' = f(W, small numbers). Under it one line a method, as they come: W + sBA, m ⊙
 # V/‖V‖, l ⊙ W, W + S. Right: the law (α, A₀, η_A, η_B) → (α/pq, pA₀, pη_A, qη_B). Put "LoRA+" into it by hand: p = 1, q
@@ -131,7 +131,8 @@ everywhere = {"target_modules": "all-linear"}
 relatives = {
     "LoRA": lora(), "rsLoRA": lora(use_rslora=True), "LoRA+": lora(), "PiSSA": lora(init_lora_weights="pissa"),
     "MiLoRA": lora(init_lora_weights="milora"), "OLoRA": lora(init_lora_weights="olora"), "DoRA": lora(use_dora=True),
-    "LoRA-FA": ml.LoraFAConfig(r=2, **everywhere), "MiSS": MissConfig(r=2, **everywhere), "SoRA": ml.SoRAConfig(r=2, **everywhere),
+    "LoRA-FA": ml.LoraFAConfig(r=2, **everywhere), "MiSS": MissConfig(r=2, **everywhere),
+    "SoRA": ml.SoRAConfig(r=2, **everywhere),
     "AdaLoRA": ml.AdaLoraConfig(init_r=2, target_r=1, total_step=5, **everywhere), "LoHa": ml.LoHaConfig(r=2, **everywhere),
     "LoKr": ml.LoKrConfig(r=2, **everywhere), "TT-LoRA": ml.TensorTrainConfig(r=2, **everywhere),
     "VeRA": ml.VeraConfig(r=2, **everywhere), "SHiRA": ml.ShiraConfig(r=2, **everywhere), "IA3": ml.IA3Config(),
@@ -251,7 +252,8 @@ for adapter in adapters_of(base, "pissa").values():
     adapter.lora_A.data[...] = 0                           # W' = W - s B0 A0
 papers_off = mean_loss(base, prose)
 ml.delete_adapter(base, "pissa")
-print(f"loss on prose: base {before:.3f}, at PiSSA's start {start:.3f}, switched off here {off:.3f}, in the paper's way {papers_off:.3f}")
+print(f"loss on prose: base {before:.3f}, at PiSSA's start {start:.3f}")
+print(f"switched off: here {off:.3f}, in the paper's way {papers_off:.3f}")
 check.compare("07.pissa_off", papers_off)
 assert off == before and abs(start - before) < 1e-4
 if lab.FULL:
@@ -272,7 +274,7 @@ if lab.FULL:
 #
 # A becomes p times as large and B q times, at every step. The scale takes it back. ΔW does not notice.
 #
-# **Guess.** We train 20 steps twice in float64: once plainly, once with p = 3 and q = ½. How far apart are the losses,
+# **Guess.** We train 20 steps twice in float64: once plainly, once with p = 3 and q = 0.7. How far apart are the losses,
 # at most?
 
 # %%
@@ -294,14 +296,14 @@ def curve(alpha, start=1.0, lr_A=1e-2, lr_B=1e-2, optimizer=AdamW, **options):
                              optimizer=optimizer(groups, lr=1.0, weight_decay=0.0, **exact)).loss)
 
 
-p, q = 3.0, 0.5
+p, q = 3.0, 0.7
 plain, scaled = curve(8), curve(8 / (p * q), p, p * 1e-2, q * 1e-2)
 sgd, scaled_sgd = curve(8, lr_A=0.1, lr_B=0.1, optimizer=SGD), curve(8 / (p * q), p, p * 0.1, q * 0.1, optimizer=SGD)
 print(f"Adam: the loss falls from {plain[0]:.3f} to {plain[-1]:.3f}; the two runs differ by {abs(plain - scaled).max():.0e}")
 print(f"SGD:  the loss falls from {sgd[0]:.3f} to {sgd[-1]:.3f}; the two runs differ by {abs(sgd - scaled_sgd).max():.0e}")
 check.compare("07.adam", abs(plain - scaled).max())
 check.compare("07.sgd", abs(sgd - scaled_sgd).max())
-assert abs(plain - scaled).max() < 1e-10 and abs(sgd - scaled_sgd).max() > 1e-4
+assert abs(plain - scaled).max() < 1e-8 and abs(sgd - scaled_sgd).max() > 1e-4
 
 # %% [markdown]
 # Now put some names into the law. LoRA+ gives B a rate λ times A's. rsLoRA divides α by √r, not by r.
@@ -311,7 +313,7 @@ plus = curve(8, lr_B=4 * 1e-2)                             # LoRA+ with ratio 4
 rs = curve(8, use_rslora=True)                             # rsLoRA with r = 2
 print(f"LoRA+ (ratio 4, α = 8) against LoRA (α = 32):  {abs(plus - curve(32)).max():.0e}")
 print(f"rsLoRA (r = 2, α = 8) against LoRA (α = 8·√2): {abs(rs - curve(8 * 2**0.5)).max():.0e}")
-assert abs(plus - curve(32)).max() < 1e-10 and abs(rs - curve(8 * 2**0.5)).max() < 1e-10
+assert abs(plus - curve(32)).max() < 1e-8 and abs(rs - curve(8 * 2**0.5)).max() < 1e-8
 
 # %% [markdown]
 # Three names, one run. This does not make LoRA+ and rsLoRA worthless: they say *which* α or rate to take, and that is
@@ -437,10 +439,11 @@ assert found[False] < 1e-6 < 1e-2 < found[True]
 # %% [markdown]
 # ## 4. One budget, one protocol
 #
-# Now the question that papers answer, each for its own method. Ten methods get about 8,000 numbers each (four that
-# cannot take so many get what they can), the same base, the same batches, 150 steps. Their learning rates were chosen
-# beforehand, for each method alone, as the best of three to five rates that differ by factors of 2 to 3. A method that
-# gets one rate from somebody else's paper has lost before it starts.
+# Now the question that papers answer, each for its own method. Thirteen methods train on the same base and the same
+# batches for 150 steps, without clipping. Nine of them get about 8,000 numbers; LoKr, VeRA, IA3 and BitFit, which
+# cannot take as many, get what they can. Each learning rate was chosen beforehand, for each method alone, from rates
+# about 2 to 3 times apart, until both neighbours were worse or equal. A method that gets one rate from somebody else's
+# paper has lost before it starts.
 #
 # **Guess.** How far apart are the best and the worst of those that have 8,000 numbers, in nats per byte?
 
@@ -449,21 +452,21 @@ check.guess("07.spread", None)
 
 # %%
 product, other_change, biases, beside = "product B A", "another change of W", "biases only", "a network beside"
-contest = {                                                # name -> (what it changes, config, learning rate, ratio of the rates)
+contest = {                                            # name -> (what it changes, config, learning rate, B's rate over A's)
     "LoRA": (product, ml.LoraConfig(r=4, lora_alpha=32, **everywhere), 1e-2, 1),
     "LoRA+": (product, ml.LoraConfig(r=4, lora_alpha=8, **everywhere), 1e-2, 4),
     "PiSSA": (product, ml.LoraConfig(r=4, lora_alpha=4, init_lora_weights="pissa", **everywhere), 2e-2, 1),
-    "LoRA-FA": (product, ml.LoraFAConfig(r=7, lora_alpha=32, **everywhere), 1e-2, 1),
+    "LoRA-FA": (product, ml.LoraFAConfig(r=7, lora_alpha=32, **everywhere), 2e-2, 1),
     "MiSS": (product, MissConfig(r=7, **everywhere), 1e-2, 1),
     "VeRA": (product, ml.VeraConfig(r=64, **everywhere), 1e-1, 1),
     "DoRA": (other_change, ml.LoraConfig(r=4, lora_alpha=32, use_dora=True, **everywhere), 1e-2, 1),
     "LoHa": (other_change, ml.LoHaConfig(r=2, alpha=32, **everywhere), 1e-2, 1),
-    "LoKr": (other_change, ml.LoKrConfig(r=64, alpha=64, decompose_factor=4, **everywhere), 1e-2, 1),
-    "SHiRA": (other_change, ml.ShiraConfig(r=4, **everywhere), 1e-2, 1),
-    "IA3": (other_change, ml.IA3Config(), 1e-1, 1),
-    "BitFit": (biases, ml.BitFitConfig(), 3e-2, 1),
-    "Houlsby": (beside, ml.HoulsbyConfig(bottleneck=15), 1e-2, 1),
-    "full": (None, ml.FullConfig(), 3e-3, 1)}
+    "LoKr": (other_change, ml.LoKrConfig(r=64, alpha=64, decompose_factor=4, **everywhere), 3e-2, 1),
+    "SHiRA": (other_change, ml.ShiraConfig(r=4, **everywhere), 3e-2, 1),
+    "IA3": (other_change, ml.IA3Config(), 3e-1, 1),
+    "BitFit": (biases, ml.BitFitConfig(), 1e-1, 1),
+    "Houlsby": (beside, ml.HoulsbyConfig(bottleneck=15), 3e-2, 1),
+    "full": (None, ml.FullConfig(), 5e-3, 1)}
 python, rows = lab.valid("python"), []
 print(f"{'':10}{'trains':>8}{'rate':>8}{'Python':>9}{'prose':>8}")
 for name, (kind, config, lr, ratio) in contest.items():
@@ -471,8 +474,8 @@ for name, (kind, config, lr, ratio) in contest.items():
     protocol = dataclasses.replace(lab.SETTING.schedule(lr), clip=None)
     groups = ml.loraplus_groups(base, lr, ratio) if ratio > 1 else [p for _, p in base.named_parameters(trainable=True)]
     ml.train(base, lab.batches(corpus), protocol, optimizer=AdamW(groups, lr=lr, weight_decay=0.0))
-    rows.append({"method": name, "kind": kind, "numbers": ml.count_parameters(base)["trainable"], "loss": mean_loss(base, python),
-                 "prose": mean_loss(base, prose)})
+    rows.append({"method": name, "kind": kind, "numbers": ml.count_parameters(base)["trainable"],
+                 "loss": mean_loss(base, python), "prose": mean_loss(base, prose)})
     ml.delete_adapter(base, name)
     print(f"{name:10}{rows[-1]['numbers']:8,}{lr:8g}{rows[-1]['loss']:9.3f}{rows[-1]['prose']:8.3f}", flush=True)
 frozen = mean_loss(base, python)
@@ -485,15 +488,20 @@ assert mean_loss(base, prose) == before                    # fourteen methods la
 if lab.FULL:
     assert max(row["loss"] for row in rows) < frozen       # all learn
     assert abs(reached["LoRA"]["loss"] - reached["LoRA+"]["loss"]) < 0.005                # one run under two names
-    assert abs(reached["LoRA"]["loss"] - reached["DoRA"]["loss"]) < 0.04
+    assert max(peers) - min(peers) < 0.6 * (frozen - reached["LoRA"]["loss"])             # the family is narrow ...
+    assert reached["SHiRA"]["loss"] < reached["LoRA"]["loss"]                             # ... and rank is not what counts
     assert min(reached["IA3"]["loss"], reached["BitFit"]["loss"]) > reached["LoRA"]["loss"] + 0.08
 lab.show(family({"rows": rows[:-1], "base": frozen, "full": full, "steps": lab.SETTING.steps}))
 
 # %% [markdown]
-# How many numbers train, and at which rate, explains most of this picture. At one budget LoRA's relatives are close
-# together, whatever their update looks like. The very cheap ones (IA3, BitFit) pay for it. It is one task and one seed:
-# lesson 04 says how to make a claim of it. Look also at the column *prose*: who learns more of the new text has
-# forgotten more of the old one.
+# Three things to see. LoRA and LoRA+ are one point, as they must be. The methods with 8,000 numbers lie close together,
+# far from the frozen base; those with 1,000 pay for it. And the best of them here is SHiRA: 8,192 *random places* of W,
+# an update of full rank and without any structure. At equal numbers a low rank is not what makes LoRA good. What speaks
+# for the product is that it is cheap: thin in memory, thin on disk, easy to add up and to merge.
+#
+# This is one task and one seed. With three seeds (of the start and the batches) LoRA gave 2.089, 2.088 and 2.095, SHiRA
+# 2.034, 2.069 and 2.068. Look also at the column *prose*: who learns more of the new text has mostly forgotten more of
+# the old one.
 #
 # ## What you should be able to say now
 #
@@ -511,4 +519,5 @@ lab.show(family({"rows": rows[:-1], "base": frozen, "full": full, "steps": lab.S
 # * Adam: (α, A₀, η_A, η_B) ~ (α/pq, pA₀, pη_A, qη_B). So LoRA+ with ratio 4 *is* LoRA with 4α.
 # * α/√r keeps the size of the first update; α/r keeps what it does.
 # * PiSSA "switched off" is the base only if W was kept.
-# * One budget, one protocol, own best rate: the relatives end close together.
+# * One budget, one protocol, own best rate: the relatives end close together, and random places (SHiRA) beat the low
+#   rank.
