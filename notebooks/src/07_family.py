@@ -510,7 +510,7 @@ lab.show(family({"rows": rows[:-1], "base": frozen, "full": full, "steps": lab.S
 # * What is really different: the rank of ΔW (DoRA, SHiRA, IA3), whether there is a ΔW at all, and what "off" gives
 #   back.
 
-# %% [markdown]
+# %% [markdown] slide=true
 # ## The slide
 #
 # * A method = its adapted weight. A new one takes eight lines.

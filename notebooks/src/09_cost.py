@@ -393,7 +393,7 @@ else:
 #   64.
 # * In use a merged adapter costs nothing; a branch costs two more products a layer. The file is what is always small.
 
-# %% [markdown]
+# %% [markdown] slide=true
 # ## The slide
 #
 # * Step: full 3ndk, LoRA 2ndk + 3nr(d + k). Never below 2/3.
