@@ -98,7 +98,47 @@ HIRA = Exercise(
     hira_expected, hira_cases, laws=(is_an_adaptation,), scalars=lambda case: {"s": case["s"], "r": float(len(case["A"]))})
 
 
-# --- 07.2 counts ----------------------------------------------------------------------------------
+# --- 07.2 starts ----------------------------------------------------------------------------------
+
+STARTS: dict[str, Any] = {
+    "lora": LoraConfig(r=2), "pissa": LoraConfig(r=2, init_lora_weights="pissa"), "dora": LoraConfig(r=2, use_dora=True),
+    "vera": VeraConfig(r=2), "loha": LoHaConfig(r=2), "ia3": IA3Config(), "houlsby": HoulsbyConfig(bottleneck=2),
+    "prompt": PromptTuningConfig(num_virtual_tokens=2)}
+
+
+@cache
+def starts_expected() -> set[str]:
+    """Those that move a logit of a small model by more than rounding, before any step."""
+    found = set()
+    for name, config in STARTS.items():
+        model, ids = small(), np.arange(12).reshape(2, 6) % 11
+        before = model(ids).data
+        adapted = VirtualTokens(model) if name == "prompt" else model
+        add_adapter(adapted, config)
+        if abs(adapted(ids).data - before).max() > 1e-12:
+            found.add(name)
+    return found
+
+
+NO_OP = Exercise(
+    "07.2", "not_the_base", "Which starts are not the base?", 1, 5,
+    ("ΔW = 0 needs one factor that is zero, or a multiplier that is one.",
+     "help(ml.methods.VeRA) and its sisters say how each one starts. Or add each one to a small model and compare its logits.",
+     "'Almost nothing' is not nothing: a start of 0.001 does not count as the base."),
+    (Mistake("not yet: there is another that starts small, but not at zero", {"prompt"}),
+     Mistake("not yet: another one puts something new before the tokens", {"houlsby"}),
+     Mistake("PiSSA takes a part out of W, but here as ΔW = s(B A - B₀A₀): what is that at the start?",
+             {"pissa", "houlsby", "prompt"}),
+     Mistake("VeRA: d starts at 0.1, but look at b", {"vera", "houlsby", "prompt"}),
+     Mistake("DoRA: its lengths start as the lengths of W's own rows", {"dora", "houlsby", "prompt"}),
+     Mistake("LoHa: one of its four factors is zero", {"loha", "houlsby", "prompt"}),
+     Mistake("IA3 multiplies, so the neutral start is 1, not 0", {"ia3", "houlsby", "prompt"}),
+     Mistake("LoRA's A is random, but what is B?", {"lora", "houlsby", "prompt"}),
+     Mistake("run it: two of the eight change the output before the first step", set(STARTS))),
+    starts_expected)
+
+
+# --- 07.3 counts ----------------------------------------------------------------------------------
 
 
 def counts_expected(out: int, inn: int, r: int) -> tuple[int, ...]:
@@ -111,7 +151,7 @@ def counts_expected(out: int, inn: int, r: int) -> tuple[int, ...]:
 
 
 COUNTS = Exercise(
-    "07.2", "family_counts", "How many numbers each relative trains", 1, 6,
+    "07.3", "family_counts", "How many numbers each relative trains", 1, 6,
     ("Write the shapes of what trains beside each other: LoRA A (r, in), B (out, r).",
      "DoRA has LoRA's two factors and one length for every row of W. VeRA's two matrices are frozen.",
      "LoHa has two pairs of factors. IA3, on an output, has one number per output."),
@@ -136,46 +176,6 @@ COUNTS = Exercise(
     counts_expected, lambda rng: [{"out": int(d), "inn": int(k), "r": r} for (d, k), r in
                                   zip(rng.choice(np.arange(6, 40), (3, 2), replace=False), (1, 2, 5), strict=True)],
     outputs=("LoRA", "DoRA", "VeRA", "LoHa", "IA3"))
-
-
-# --- 07.3 starts ----------------------------------------------------------------------------------
-
-STARTS: dict[str, Any] = {
-    "lora": LoraConfig(r=2), "pissa": LoraConfig(r=2, init_lora_weights="pissa"), "dora": LoraConfig(r=2, use_dora=True),
-    "vera": VeraConfig(r=2), "loha": LoHaConfig(r=2), "ia3": IA3Config(), "houlsby": HoulsbyConfig(bottleneck=2),
-    "prompt": PromptTuningConfig(num_virtual_tokens=2)}
-
-
-@cache
-def starts_expected() -> set[str]:
-    """Those that move a logit of a small model by more than rounding, before any step."""
-    found = set()
-    for name, config in STARTS.items():
-        model, ids = small(), np.arange(12).reshape(2, 6) % 11
-        before = model(ids).data
-        adapted = VirtualTokens(model) if name == "prompt" else model
-        add_adapter(adapted, config)
-        if abs(adapted(ids).data - before).max() > 1e-12:
-            found.add(name)
-    return found
-
-
-NO_OP = Exercise(
-    "07.3", "not_the_base", "Which starts are not the base?", 1, 5,
-    ("ΔW = 0 needs one factor that is zero, or a multiplier that is one.",
-     "help(ml.methods.VeRA) and its sisters say how each one starts. Or add each one to a small model and compare its logits.",
-     "'Almost nothing' is not nothing: a start of 0.001 does not count as the base."),
-    (Mistake("not yet: there is another that starts small, but not at zero", {"prompt"}),
-     Mistake("not yet: another one puts something new before the tokens", {"houlsby"}),
-     Mistake("PiSSA takes a part out of W, but here as ΔW = s(B A - B₀A₀): what is that at the start?",
-             {"pissa", "houlsby", "prompt"}),
-     Mistake("VeRA: d starts at 0.1, but look at b", {"vera", "houlsby", "prompt"}),
-     Mistake("DoRA: its lengths start as the lengths of W's own rows", {"dora", "houlsby", "prompt"}),
-     Mistake("LoHa: one of its four factors is zero", {"loha", "houlsby", "prompt"}),
-     Mistake("IA3 multiplies, so the neutral start is 1, not 0", {"ia3", "houlsby", "prompt"}),
-     Mistake("LoRA's A is random, but what is B?", {"lora", "houlsby", "prompt"}),
-     Mistake("run it: two of the eight change the output before the first step", set(STARTS))),
-    starts_expected)
 
 
 # --- 07.4 the same run by plain LoRA --------------------------------------------------------------
@@ -286,4 +286,4 @@ DORA = Exercise(
              _dora(lambda G, V, n, m, u: m / n**2 * (G - _along(G, u))))),
     dora_expected, dora_cases, outputs=("dV", "dm"))
 
-EXERCISES = (HIRA, COUNTS, NO_OP, PLAIN, DORA)
+EXERCISES = (HIRA, NO_OP, COUNTS, PLAIN, DORA)

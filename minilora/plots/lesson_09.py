@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from .style import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
 
-PARTS = {"weights": (GREY, ""), "gradients": (BLUE, "//"), "optimizer": (ORANGE, "\\\\"), "activations": (GREEN, "..")}
+PARTS = {"weights": (GREY, ""), "gradients": (BLUE, "//"), "optimizer": (ORANGE, "\\\\"), "activations": (GREEN, "")}
 
 
 def time_bars(ax: Axes, data: dict[str, Any]) -> Axes:
@@ -66,7 +66,7 @@ def cost(data: dict[str, Any]) -> Figure:
     """What LoRA saves: time of a layer on the left, memory of a model on the right. data: "times", "memory", "model"."""
     with plt.rc_context(STYLE | {"font.size": 13, "axes.labelsize": 14, "legend.fontsize": 12, "hatch.color": "white",
                                  "hatch.linewidth": 0.8}):
-        figure, axes = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
+        figure, axes = plt.subplots(1, 2, figsize=(13.5, 5.6), layout="constrained")
         time_bars(axes[0], data)
         memory_bars(axes[1], data)
         axes[0].set_title("One layer: LoRA's time against full fine-tuning's", loc="left", fontsize=15)

@@ -21,7 +21,7 @@
 # *The poll* (before section 3): "LoRA+ gives B four times A's learning rate. Under Adam, is there a plain LoRA that
 # trains exactly like it?" Most say no. It is plain LoRA with four times the α.
 #
-# *What to expect.* In 07.1 half the class returns ΔW alone. In 07.3 they forget that a small random start is not a zero
+# *What to expect.* In 07.1 half the class returns ΔW alone. In 07.2 they forget that a small random start is not a zero
 # start. In 07.5 nearly all write the detached form first; this is what the exercise is for. Somebody will say that the
 # last figure proves their favourite method best. It is one task, one seed and a few rates: ask how large a difference
 # the seed alone makes (lesson 04).
@@ -56,8 +56,8 @@ for name in ("lora", "ia3", "shira", "loha"):
 # Everything else follows from W', once for all methods: the forward pass multiplies by it, autograd gives each number
 # its gradient, the merge writes it into the layer, and W' − W is what an analysis looks at.
 #
-# So a new method is one short class. The next cell adds MiSS (2024): LoRA with an A that is not random but made of
-# zeros and ones. Row i of A sums up every r-th input. Only D, which takes B's place, trains.
+# So a new method is one short class. The next cell adds MiSS (PEFT has it too): LoRA with an A that is not random but
+# made of zeros and ones. Row i of A sums up every r-th input. Only D, which takes B's place, trains.
 
 # %%
 @dataclasses.dataclass(kw_only=True)
@@ -86,8 +86,8 @@ class MiSS(Adapter):
 # %% [markdown]
 # ### Exercise 07.1 · ●●○ · 12 min
 #
-# Write HiRA (2025). Its update is ΔW = W ∘ (s·B A): every entry of W is multiplied by the entry of s·B A at the same
-# place. Return the whole adapted weight W'. Use only `*`, `+` and `@`, so that it works on arrays and on Tensors.
+# Write HiRA. Its update is ΔW = W ∘ (s·B A): every entry of W is multiplied by the entry of s·B A at the same place.
+# Return the whole adapted weight W'. Use only `*`, `+` and `@`, so that it works on arrays and on Tensors.
 #
 # The check puts your function onto a model as a method: its gradient, its start and its merge have to be right. You
 # write none of them.
@@ -105,6 +105,25 @@ def hira(W, A, B, s):
 
 # %% check="hira"
 check.hira(hira)
+
+# %% [markdown]
+# ### Exercise 07.2 · ●○○ · 5 min
+#
+# Which of these eight change the model's output *before the first step*? Answer with a set of names, as in `{"lora",
+# "ia3"}`: `"lora" "pissa" "dora" "vera" "loha" "ia3" "houlsby" "prompt"`. Read how each one starts
+# (`help(ml.methods.VeRA)` and so on), and think.
+#
+# <details><summary>Hint 1</summary>ΔW = 0 needs one factor that is zero, or a multiplier that is one.</details>
+# <details><summary>Hint 2</summary>Almost nothing is not nothing.</details>
+
+# %% exercise="not_the_base"
+answer = ...
+# BEGIN SOLUTION
+answer = {"houlsby", "prompt"}
+# END SOLUTION
+
+# %% check="not_the_base"
+check.not_the_base(answer)
 
 # %% [markdown]
 # Now all of them. We put each method onto one layer of a tiny model (in float64), train five steps, and look. No row of
@@ -188,7 +207,7 @@ assert [table[name]["rank"] for name in ("PiSSA", "LoHa", "DoRA", "SHiRA", "IA3"
 #
 # QLoRA is not in the table. It is LoRA: what changes is how the frozen W is stored.
 #
-# ### Exercise 07.2 · ●○○ · 6 min
+# ### Exercise 07.3 · ●○○ · 6 min
 #
 # How many numbers does each of five methods train on one layer W (out, in)? Return five integers, in this order: LoRA,
 # DoRA, VeRA, LoHa (each with rank r), IA3 (on the layer's output). The layer's bias does not count.
@@ -207,24 +226,6 @@ def family_counts(out, inn, r):
 
 # %% check="family_counts"
 check.family_counts(family_counts)
-
-# %% [markdown]
-# ### Exercise 07.3 · ●○○ · 5 min
-#
-# Which of these eight change the model's output *before the first step*? Answer with a set of names: `"lora" "pissa"
-# "dora" "vera" "loha" "ia3" "houlsby" "prompt"`. Think about each start first. Then look at the table.
-#
-# <details><summary>Hint 1</summary>ΔW = 0 needs one factor that is zero, or a multiplier that is one.</details>
-# <details><summary>Hint 2</summary>Almost nothing is not nothing.</details>
-
-# %% exercise="not_the_base"
-answer = ...
-# BEGIN SOLUTION
-answer = {"houlsby", "prompt"}
-# END SOLUTION
-
-# %% check="not_the_base"
-check.not_the_base(answer)
 
 # %% [markdown]
 # ## 2. "Switched off" is not always "the base"
@@ -274,8 +275,8 @@ if lab.FULL:
 #
 # A becomes p times as large and B q times, at every step. The scale takes it back. ΔW does not notice.
 #
-# **Guess.** We train 20 steps twice in float64: once plainly, once with p = 3 and q = 0.7. How far apart are the losses,
-# at most?
+# **Guess.** We train 20 steps twice in float64: once plainly, once with p = 3 and q = 0.7. How far apart are the
+# losses, at most?
 
 # %%
 check.guess("07.adam", None)
@@ -377,8 +378,8 @@ if lab.FULL:
 # %% [markdown]
 # Both are right, about different things. After one step B's columns are sign patterns. Their products with A's random
 # rows are mostly noise, which adds up like √r; α/√r keeps *its* size, and so the size of ΔW. But all r products share
-# one direction, the gradient's. That part adds up like r; α/r keeps it, and this part moves the output. So with α/r the
-# best learning rate does not depend on r at the start.
+# one direction, the gradient's. That part adds up like r; α/r keeps it, and this part moves the output. So with α/r one
+# learning rate can serve all ranks, at least at the start.
 #
 # Does DoRA add something that no rate of LoRA's can? It does: see its rank. And it has a gradient with a detail that is
 # worth a look. The library, like PEFT, takes ‖V‖ for a constant in the backward pass. Is the result still the gradient
@@ -433,8 +434,8 @@ assert found[False] < 1e-6 < 1e-2 < found[True]
 
 # %% [markdown]
 # The detached form is *not* the gradient of DoRA's loss: it keeps a part along V that cannot change anything. A
-# gradient check must use `detach_norm=False`, or hold ‖V‖ fixed. Training does not suffer much from it, and it saves
-# memory: so it is the default, in PEFT too.
+# gradient check must use `detach_norm=False`, or hold ‖V‖ fixed. DoRA's authors found that training does not suffer,
+# and it saves memory: so it is the default, in PEFT too.
 
 # %% [markdown]
 # ## 4. One budget, one protocol
@@ -499,9 +500,9 @@ lab.show(family({"rows": rows[:-1], "base": frozen, "full": full, "steps": lab.S
 # an update of full rank and without any structure. At equal numbers a low rank is not what makes LoRA good. What speaks
 # for the product is that it is cheap: thin in memory, thin on disk, easy to add up and to merge.
 #
-# This is one task and one seed. With three seeds (of the start and the batches) LoRA gave 2.089, 2.088 and 2.095, SHiRA
-# 2.034, 2.069 and 2.068. Look also at the column *prose*: who learns more of the new text has mostly forgotten more of
-# the old one.
+# This is one task and one seed, and the rates were chosen on the same validation text. With three seeds (of the start
+# and the batches) LoRA gave 2.089, 2.088 and 2.095, SHiRA 2.034, 2.069 and 2.068. Look also at the column *prose*: who
+# learns more of the new text has mostly forgotten more of the old one.
 #
 # ## What you should be able to say now
 #
