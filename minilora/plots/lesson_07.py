@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -25,7 +27,7 @@ def family_points(ax: Axes, data: dict[str, Any]) -> Axes:
     gap, right = 0.058 * (high - low), full["numbers"]
     ax.set_xscale("log")
     ax.set_ylim(low - 0.09 * (high - low), high + 0.09 * (high - low))
-    ax.set_xlim(min(row["numbers"] for row in rows) / 2.2, right * 1.1)
+    ax.set_xlim(min(row["numbers"] for row in rows) / 2.6, right * 1.1)
     ax.axhline(data["base"], color=BLACK, linestyle=(0, (4, 2)))
     ax.axhline(full["loss"], color=GREY, linestyle=":")
     for text, at, above in ("frozen base", data["base"], 4), (f"full fine-tuning, {right:,} numbers", full["loss"], -16):
@@ -36,15 +38,15 @@ def family_points(ax: Axes, data: dict[str, Any]) -> Axes:
         if chosen:
             ax.plot([row["numbers"] for row in chosen], [row["loss"] for row in chosen], marker, color=colour, markersize=11,
                     markeredgecolor="white", label=kind)
-    crowd = max(rows, key=lambda row: sum(_near(row, other) for other in rows))
-    last = float("-inf")
-    for row in rows:                                       # labels of the crowd stand in a column, so that none overlap
-        if not _near(row, crowd):
-            ax.annotate(row["method"], (row["numbers"], row["loss"]), xytext=(10, -4), textcoords="offset points", fontsize=14)
-            continue
-        last = max(row["loss"], last + gap)
-        ax.annotate(row["method"], (row["numbers"], row["loss"]), xytext=(crowd["numbers"] * 2.1, last), fontsize=14,
-                    va="center", arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.8, "shrinkB": 5})
+    first = max(rows, key=lambda row: sum(_near(row, other) for other in rows))
+    crowd = [row for row in rows if _near(row, first)]     # their labels stand in a column, so that none overlap
+    for row, at in zip(crowd, spread([row["loss"] for row in crowd], gap), strict=True):
+        ax.annotate(row["method"], (row["numbers"], row["loss"]), xytext=(first["numbers"] * 2.1, at), fontsize=14, va="center",
+                    arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.8, "shrinkB": 5, "relpos": (0, 0.5)})
+    for row in rows:
+        if row not in crowd:
+            ax.annotate(row["method"], (row["numbers"], row["loss"]), xytext=(-10, -5), textcoords="offset points",
+                        fontsize=14, ha="right")
     ax.set_xlabel("numbers that train")
     ax.set_ylabel("validation loss, nats per byte")
     ax.legend(loc="upper right", bbox_to_anchor=(1.0, 0.93))
@@ -60,5 +62,17 @@ def family(data: dict[str, Any]) -> Figure:
     return figure
 
 
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """Places for labels of ascending values: at least `gap` apart, and moved as little as that allows (least squares)."""
+    blocks: list[list[float]] = []                         # of values less i·gap: wherever they fall, they share their mean
+    for i, value in enumerate(values):
+        blocks.append([value - i * gap])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            last = blocks.pop()
+            blocks[-1] += last
+    places = [float(np.mean(block)) for block in blocks for _ in block]
+    return [place + i * gap for i, place in enumerate(places)]
+
+
 def _near(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    return bool(0.7 < row["numbers"] / other["numbers"] < 1.4)
+    return bool(0.8 < row["numbers"] / other["numbers"] < 1.25)
