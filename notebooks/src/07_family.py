@@ -109,9 +109,9 @@ check.hira(hira)
 # %% [markdown]
 # ### Exercise 07.2 · ●○○ · 5 min
 #
-# Which of these eight change the model's output *before the first step*? Answer with a set of names, as in `{"lora",
-# "ia3"}`: `"lora" "pissa" "dora" "vera" "loha" "ia3" "houlsby" "prompt"`. Read how each one starts
-# (`help(ml.methods.VeRA)` and so on), and think.
+# Which of these eight change the model's output *before the first step*? Answer with a set of names out of
+# `{"lora", "pissa", "dora", "vera", "loha", "ia3", "houlsby", "prompt"}`.
+# Read how each one starts (`help(ml.methods.VeRA)` and so on), and think.
 #
 # <details><summary>Hint 1</summary>ΔW = 0 needs one factor that is zero, or a multiplier that is one.</details>
 # <details><summary>Hint 2</summary>Almost nothing is not nothing.</details>
@@ -126,10 +126,11 @@ answer = {"houlsby", "prompt"}
 check.not_the_base(answer)
 
 # %% [markdown]
-# Now all of them. We put each method onto one layer of a tiny model (in float64), train five steps, and look. No row of
+# Now all of them. We put each method onto a tiny model of one layer (in float64), train five steps, and look. No row of
 # this table is taken from a paper: each entry is what the run shows.
 #
-# * **trains**: how many numbers.   * **start**: is the model exactly its base before the first step?
+# * **trains**: how many numbers.
+# * **start**: is the model exactly its base before the first step?
 # * **rank**: of ΔW = W' − W in the MLP's last layer (16, 64), with rank 2 asked for.   * **merges**: can it be written
 #   into W?
 # * **off**: is the disabled model the base again, bit for bit?
