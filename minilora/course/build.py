@@ -90,6 +90,8 @@ def notebook_of(cells: list[Cell], registry: Mapping[str, Exercise], *, solved: 
             metadata = {"nbgrader": {**graded, "grade": True, "grade_id": f"check_{name}", "locked": True, "points": points}}
         if tags := [*cell.attributes.get("tags", []), *(["exact"] if cell.attributes.get("exact") else [])]:
             metadata["tags"] = tags
+        if cell.attributes.get("slide"):
+            metadata["slideshow"] = {"slide_type": "slide"}
         built.append({"cell_type": cell.kind, "id": f"c{index:03d}", "metadata": metadata, "source": source}
                      | ({"execution_count": None, "outputs": []} if cell.kind == "code" else {}))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}

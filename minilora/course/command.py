@@ -22,7 +22,7 @@ def arguments(verb: argparse.ArgumentParser) -> None:
     making.add_argument("numbers", nargs="*", metavar="NN", help="lessons (default all)")
     how = making.add_mutually_exclusive_group()
     how.add_argument("--quick", action="store_true", help="run every cell in its short form and write nothing")
-    how.add_argument("--check", action="store_true", help="run nothing: are the notebooks and translations what the sources give?")
+    how.add_argument("--check", action="store_true", help="run nothing: are notebooks and translations what the sources give?")
     how.add_argument("--lang", default="en", metavar="LANG", help="make the translation, from the English notebook's outputs")
 
     grading = whats.add_parser("grade", help="judge students' notebooks or .py files, each answer in a process of its own",
@@ -48,7 +48,7 @@ def arguments(verb: argparse.ArgumentParser) -> None:
 
 def _folder(args: argparse.Namespace) -> Path:
     if not (args.notebooks / "src").is_dir():
-        raise ValueError(f"{args.notebooks} has no folder src with lessons: run in the repository's root, or give --notebooks DIR")
+        raise ValueError(f"{args.notebooks} has no folder src: run this in the repository's root, or give --notebooks DIR")
     return args.notebooks
 
 
@@ -60,7 +60,7 @@ def _build(args: argparse.Namespace) -> None:
 def _grade(args: argparse.Namespace) -> None:
     if args.seconds <= 0 or args.seed < 0:
         raise ValueError(f"--seconds {args.seconds:g} --seed {args.seed}: expected a time above 0 and a seed of at least 0")
-    report = grade(args.files, exercises(), seconds=args.seconds, seed=args.seed)
+    report = grade(args.files, seconds=args.seconds, seed=args.seed)
     if args.csv:
         report.write_csv(args.csv)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else report.table())

@@ -62,7 +62,8 @@ def is_lora(weight_fn: Any, params: Mapping[str, Any] | None = None, frozen: Map
 
     Raises ValueError if the base is not known, or shapes do not fit. An exception inside weight_fn is passed on.
     """
-    recipe, values, kept = _recipe(weight_fn, params, frozen)
+    with np.errstate(all="ignore"):                       # a recipe that blows up is a finding, not a warning
+        recipe, values, kept = _recipe(weight_fn, params, frozen)
     W = kept.get("W") if base is None else np.array(base, dtype=np.float64)
     if W is None or W.ndim != 2:
         raise ValueError("is_lora needs the pretrained matrix W (out, in): give base=W, or name it 'W' among the frozen")
@@ -71,10 +72,11 @@ def is_lora(weight_fn: Any, params: Mapping[str, Any] | None = None, frozen: Map
     if x.shape != (len(x), W.shape[1]) or y.shape != (len(x), W.shape[0]):
         raise ValueError(f"data of shapes {x.shape} and {y.shape} do not fit W {W.shape}: expected (n, in) and (n, out)")
     before = {name: array.tobytes() for name, array in kept.items()}
-    start = _plain(recipe(values, kept))
+    with np.errstate(all="ignore"):
+        start = _plain(recipe(values, kept))
     if start.shape != W.shape:
         raise ValueError(f"weight_fn gave shape {start.shape}, expected W's {W.shape} (out, in)")
-    with np.errstate(all="ignore"):                       # a recipe that blows up is a finding, not a warning
+    with np.errstate(all="ignore"):
         first = _loss(start, x, y)
         _train(recipe, values, kept, gradient, x, y, steps, lr)
         end = _plain(recipe(values, kept))

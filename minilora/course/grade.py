@@ -16,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import exercises
 from .exercise import Exercise
 from .runner import plain
 from .source import answer_of
@@ -91,12 +92,16 @@ class _Answers:
     places: dict[str, list[int]] = field(default_factory=dict)
 
 
-def grade(files: Sequence[Path], registry: Mapping[str, Exercise], *, seconds: float = 20.0, seed: int = 0,
-          workers: int | None = None) -> GradeReport:
+def grade(files: Sequence[Path], registry_of: Callable[[], Mapping[str, Exercise]] = exercises, *, seconds: float = 20.0,
+          seed: int = 0, workers: int | None = None) -> GradeReport:
     """The verdict on every exercise of the lessons that each file belongs to.
 
+    registry_of: where the exercises come from, a function at the top of a module: each answer's process imports it again.
     A file that cannot be read is one row with the verdict "broken". Raises nothing for what a student wrote.
     """
+    registry = registry_of()
+    job = {"registry": f"{registry_of.__module__}:{registry_of.__qualname__}", "seed": seed}
+
     def of_file(path: Path) -> list[Row]:
         try:
             found = _find(path, registry)
@@ -105,7 +110,7 @@ def grade(files: Sequence[Path], registry: Mapping[str, Exercise], *, seconds: f
         chosen = {registry[name].lesson for name in found.answers}
         if not chosen:
             return [Row(str(path), "", "broken", "no exercise of the course found in it")]
-        return [_row(path, exercise, found, seconds, seed) for exercise in registry.values() if exercise.lesson in chosen]
+        return [_row(path, exercise, found, job, seconds) for exercise in registry.values() if exercise.lesson in chosen]
 
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         return GradeReport([row for rows in pool.map(of_file, files) for row in rows])
@@ -166,12 +171,12 @@ def _defined(source: str) -> set[str]:
     return names
 
 
-def _row(path: Path, exercise: Exercise, found: _Answers, seconds: float, seed: int) -> Row:
+def _row(path: Path, exercise: Exercise, found: _Answers, job: dict[str, Any], seconds: float) -> Row:
     """The verdict on the last answer to an exercise that is not empty."""
     row = Row(str(path), exercise.name, "open", "not found in the file")
     for index in reversed(found.places.get(exercise.name, [])):
-        mark, text = _judged({"sources": found.sources, "index": index, "answer": found.answers[exercise.name],
-                              "exercise": exercise.name, "seed": seed}, seconds)
+        mark, text = _judged(job | {"sources": found.sources, "index": index, "answer": found.answers[exercise.name],
+                                    "exercise": exercise.name}, seconds)
         row = Row(str(path), exercise.name, VERDICTS[mark], "" if mark == "✓" else text)
         if mark != "○":
             break

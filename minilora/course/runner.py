@@ -10,10 +10,9 @@ import ast
 import json
 import linecache
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-from . import exercises
 
 __all__ = ["evaluate"]
 
@@ -64,9 +63,10 @@ def _run(tree: ast.Module, source: str, number: int, space: dict[str, Any]) -> N
 
 
 def main() -> None:
-    """Judge what stdin describes: {sources, index, answer, exercise, seed, result}."""
+    """Judge what stdin describes: {registry: "module:function", sources, index, answer, exercise, seed, result}."""
     job = json.loads(sys.stdin.read())
-    exercise = exercises()[job["exercise"]]
+    module, _, function = job["registry"].partition(":")
+    exercise = getattr(import_module(module), function)()[job["exercise"]]
     try:
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -23,7 +23,7 @@ def test_{name}({names}):
 
 
 def teachers_sheet(folder: Path, registry: Mapping[str, Exercise]) -> str:
-    """The text of TEACH.md: for each lesson what its source says to teachers, its exercises, and the wrong answers to expect."""
+    """The text of TEACH.md: for each lesson what its source says to teachers, its exercises, the wrong answers to expect."""
     parts = ["# Teacher's sheet", "Made by `minilora course teach` from the lessons' sources and the checker's catalogue of "
              "wrong answers: edit those. The solutions are in [solutions/](solutions/)."]
     for path in lessons(folder):
@@ -39,7 +39,7 @@ def teachers_sheet(folder: Path, registry: Mapping[str, Exercise]) -> str:
         parts.append("\n".join(["| | exercise | asks | difficulty | minutes |", "|---|---|---|---|---|", *rows,
                                 f"| | | all | | {sum(each.minutes for each in mine)} |"]))
         for each in mine:
-            expected = "\n".join(f"- {mistake.hint}" for mistake in each.mistakes)
+            expected = "\n".join(f"- {hint}" for hint in dict.fromkeys(mistake.hint for mistake in each.mistakes))
             parts.append(f"Wrong answers to expect in {each.id} (what the checker says):\n\n{expected}")
     return "\n\n".join(parts) + "\n"
 

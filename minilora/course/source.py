@@ -2,6 +2,7 @@
 
     # %% [markdown]                                 text, each line behind "# "
     # %% [markdown] teacher=true                    text for TEACH.md only
+    # %% [markdown] slide=true                      text that fits a slide (Jupyter's slideshow metadata)
     # %% [markdown] lang="zh" of="1a2b3c4d"         a translation of the text cell before it, which has this hash
     # %%                                            code
     # %% exact=true                                 code whose printed text is the same on every machine, quick or not
@@ -23,7 +24,7 @@ from typing import Any
 
 __all__ = ["Cell", "answer_of", "blanked", "in_language", "lessons", "outdated", "parse", "read", "text_hash"]
 
-KEYS = ("exercise", "check", "exact", "teacher", "lang", "of", "tags")
+KEYS = ("exercise", "check", "exact", "teacher", "slide", "lang", "of", "tags")
 _ATTRIBUTE = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\[[^\]]*\]|\S+)')
 
 
