@@ -187,7 +187,8 @@ def _soften_wrong(how: str) -> Any:
             return factor * update
         if how == "only":
             return factor * part
-        return update - (factor if how == "factor" else 1 if how == "removed" else 1 - factor) * part + (W if how == "W too" else 0)
+        taken = {"factor": factor, "removed": 1.0}.get(how, 1 - factor)
+        return update - taken * part + (W if how == "W too" else 0)
     return answer
 
 
@@ -200,15 +201,16 @@ EXERCISES: tuple[Exercise, ...] = (
         expected=_similarity, cases=_similarity_cases, outputs=("phi", "chance"), laws=(_same_is_one,),
         mistakes=(
             Mistake("phi: divide by the size of the smaller subspace; it can then reach 1", _similarity_wrong(size=max)),
-            Mistake("phi: i·j is the number of pairs, but orthonormal vectors cannot all be alike; the most that the sum can be "
-                    "is smaller", _similarity_wrong(size=lambda i, j: i * j)),
+            Mistake("phi: i·j is the number of pairs, but orthonormal vectors cannot all be alike; the most that the sum can "
+                    "be is smaller", _similarity_wrong(size=lambda i, j: i * j)),
             Mistake("phi: the cosines are summed without being squared", _similarity_wrong(power=1)),
             Mistake("phi: this is the norm of the cosines; its square is meant", _norm_not_squared),
             Mistake("phi: these are rows of A, not its singular directions: they are neither orthogonal nor sorted",
                     _similarity_wrong(vectors=_first_rows)),
             Mistake("phi: this is the formula as the paper prints it, (1 − d²)/p; it is negative for d² > 1: φ = 1 − d²/p",
                     _misprint),
-            Mistake("chance: the larger subspace decides: it is the one that may catch the other", _similarity_wrong(chance=min)),
+            Mistake("chance: the larger subspace decides: it is the one that may catch the other",
+                    _similarity_wrong(chance=min)),
             Mistake("chance: i·j/k is the mean of the sum of squares; divide it as you divide φ",
                     _similarity_wrong(chance=lambda i, j: i * j)))),
     Exercise(
@@ -219,7 +221,8 @@ EXERCISES: tuple[Exercise, ...] = (
         expected=_amplify, cases=_amplify_cases, outputs=("projection", "factor"),
         mistakes=(
             Mistake("factor: the update is s·B@A; its scale is missing", _amplify_wrong("no s")),
-            Mistake("factor: this compares ‖ΔW‖ with all of W; compare with what W does in ΔW's directions", _amplify_wrong("whole")),
+            Mistake("factor: this compares ‖ΔW‖ with all of W; compare with what W does in ΔW's directions",
+                    _amplify_wrong("whole")),
             Mistake("factor: upside down", _amplify_wrong("inverse")),
             Mistake("projection: these are W's own top directions; take those of ΔW", _amplify_wrong("of W")),
             Mistake("projection: this is the spectral norm; the paper's table has Frobenius norms", _amplify_wrong("spectral")),

@@ -27,7 +27,8 @@ def _dense(B1: Any, A1: Any, s1: float, B2: Any, A2: Any, s2: float, w1: float, 
 # ---------------------------------------------------------------------------------------------------------- 06.1 exact sum
 
 def _add_cases(rng: np.random.Generator) -> list[Case]:
-    return [_two(rng, *sizes) for sizes in [(9, 7, 2, 2), (5, 8, 1, 1), (7, 7, 3, 3)]]        # of one rank, so that factors can be added
+    """Both of one rank, so that a sum of factors gives numbers too; other ranks come in the law."""
+    return [_two(rng, *sizes) for sizes in [(9, 7, 2, 2), (5, 8, 1, 1), (7, 7, 3, 3)]]
 
 
 def _added(**case: Any) -> Pair:
@@ -193,7 +194,8 @@ EXERCISES: tuple[Exercise, ...] = (
                "Leave A1 and A2 as they are; each block of B takes its own weight and its own scale."),
         expected=_added, cases=_add_cases, outputs=("B", "A"), laws=(_other_ranks,),
         mistakes=(
-            Mistake("B: each block needs its adapter's scale s as well as its weight", _add_wrong(lambda s, w: w, lambda s, w: w)),
+            Mistake("B: each block needs its adapter's scale s as well as its weight",
+                    _add_wrong(lambda s, w: w, lambda s, w: w)),
             Mistake("B: the weights w1 and w2 are missing", _add_wrong(lambda s, w: s, lambda s, w: s)),
             Mistake("adding the factors gives B1@A2 and B2@A1 too, which mean nothing; stack them",
                     _add_wrong(lambda s, w: w * s, lambda s, w: w * s, factors=True)),
@@ -236,7 +238,8 @@ EXERCISES: tuple[Exercise, ...] = (
         expected=_served, cases=_serve_cases, outputs=("merged", "last"), laws=(_bit_for_bit,),
         mistakes=(
             Mistake(DRIFT, _serve_wrong("")),
-            Mistake("merged: the earlier adapters are still in the weight; unmerge before the next merge", _serve_wrong("stays")),
+            Mistake("merged: the earlier adapters are still in the weight; unmerge before the next merge",
+                    _serve_wrong("stays")),
             Mistake("merged: the update is s·B@A; its scale is missing", _serve_wrong("no s")),
             Mistake("merged: these are the updates alone; merged means W + s·B@A", _serve_wrong("update")),
             Mistake("last: the last adapter is still merged", _serve_wrong("merged")),

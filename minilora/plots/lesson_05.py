@@ -8,9 +8,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 
-from .analysis import MARKS, intruder_curves, similarity_map
+from .analysis import MARKS, ON_WHITE, intruder_curves, similarity_map
 from .style import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE, rank_axis
 
 LARGE: Any = STYLE | {"font.size": 14, "axes.labelsize": 14, "axes.titlesize": 15, "legend.fontsize": 12}
@@ -56,17 +55,15 @@ def beside_full(data: dict[str, Any]) -> Figure:
             S = np.asarray(values) / max(values)
             axes[0].plot(np.arange(1, len(S) + 1), S, color=colour, marker=marker, linestyle=dash, label=name,
                          markevery=max(1, len(S) // 10))
-        axes[0].set_xscale("log", base=2)
-        axes[0].xaxis.set_major_formatter(ScalarFormatter())
-        axes[0].set_xlabel("i: number of the singular value")
+        rank_axis(axes[0], [1, 2, 4, 8, 16, 32, 64], "i: number of the singular value")
         axes[0].set_ylabel("σᵢ / σ₁ of ΔW")
         axes[0].set_ylim(0, 1.35)
         axes[0].set_title("a   how many directions", loc="left")
         axes[0].legend(loc="upper right", ncols=2, fontsize=11)
         intruder_curves(axes[1], data["reports"])
-        axes[1].legend(loc="upper left", fontsize=11)
+        axes[1].legend(loc="upper left", fontsize=12, **ON_WHITE | {"framealpha": 1.0})
         looked = axes[1].get_ylim()[1]
-        axes[1].set_ylim(-0.02 * looked, 1.5 * looked)
+        axes[1].set_ylim(-0.02 * looked, 1.6 * looked)
         axes[1].set_title("b   intruders, all modules", loc="left")
         cut = data["cut"]
         for (name, losses), colour, marker, dash in zip(cut["full"].items(), (GREEN, "#56B4E9"), "^v", ("-.", ":")):
@@ -89,12 +86,12 @@ def learned_and_forgotten(data: dict[str, Any]) -> Figure:
     """
     with plt.rc_context(LARGE):
         figure, ax = plt.subplots(figsize=(10.5, 6.2), layout="constrained")
-        for (name, places), colour, marker, dash, below in zip(data["lines"].items(), (BLUE, ORANGE), "os", ("-", DASHED),
-                                                               (True, False)):
+        for (name, places), colour, marker, dash, shift in zip(data["lines"].items(), (BLUE, ORANGE), "os", ("-", DASHED),
+                                                               ((-32, -6), (8, 6))):
             ax.plot(*zip(*places), color=colour, marker=marker, linestyle=dash, label=name)
             for factor, place in zip(data["factors"], places):
-                ax.annotate(f"{factor:g}", place, xytext=(-4, -18) if below else (4, 9), textcoords="offset points",
-                            color=colour, fontsize=12)
+                if factor < 0.8:                                       # above it they lie too near each other
+                    ax.annotate(f"{factor:g}", place, xytext=shift, textcoords="offset points", color=colour)
         for (name, place), colour, marker in zip(data["points"].items(), (GREEN, BLACK), "^D"):
             ax.plot(*place, color=colour, marker=marker, markersize=12, linestyle="none", label=name)
         ax.plot(*data["base"], color=GREY, marker="*", markersize=18, linestyle="none", label="frozen base")
@@ -102,5 +99,5 @@ def learned_and_forgotten(data: dict[str, Any]) -> Figure:
         ax.set_xlabel("loss on Python (learned: to the left)")
         ax.set_ylabel("loss on prose (forgotten: up)")
         ax.set_title("What the update costs, and what it brings", loc="left")
-        ax.legend(loc="upper right")
+        ax.legend(loc="best")
     return figure

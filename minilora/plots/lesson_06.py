@@ -23,7 +23,8 @@ def composed(rows: Mapping[str, Sequence[float]], tasks: Sequence[str], base: Se
             values = [losses[i] for losses in rows.values()]
             bars = ax.bar(np.arange(len(rows)) + 0.4 * (i - 0.5), values, 0.38, color=colour, hatch=hatch, edgecolor="white",
                           label=f"loss on {task}")
-            ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=12)
+            ax.bar_label(bars, [f"{value:.2f}" for value in values], padding=4, fontsize=12,
+                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
             ax.axhline(base[i], color=colour, linestyle=dash, linewidth=1.6, label=f"frozen base on {task}", zorder=0.5)
         ax.set_xticks(range(len(rows)), list(rows))
         ax.set_ylim(0, 1.3 * max(max(losses) for losses in rows.values()))
