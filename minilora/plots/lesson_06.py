@@ -41,16 +41,18 @@ def half_precision(data: dict[str, Any]) -> Figure:
     """
     with plt.rc_context(LARGE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5.6), layout="constrained")
-        for (name, values), (colour, marker, dash) in zip(data["share"].items(), MARKS):
-            left.plot(data["relative"], values, color=colour, marker=marker, linestyle=dash, label=name)
+        styles = {name: {"color": colour, "marker": marker, "linestyle": dash, "label": name}
+                  for name, (colour, marker, dash) in zip(data["share"], MARKS)}
+        for name, values in data["share"].items():
+            left.plot(data["relative"], values, **styles[name])
         left.set_xscale("log")
-        left.set_ylim(-0.05, 1.12)
+        left.set_ylim(-0.05, 1.3)
         left.set_xlabel("size of the update, ‖ΔW‖ / ‖W‖")
         left.set_ylabel("share of ΔW that survives the merge")
         left.set_title("a   one merge, rounded to each format", loc="left")
-        left.legend(loc="center left")
-        for (name, values), (colour, marker, dash) in zip(data["losses"].items(), MARKS):
-            right.plot(data["parts"], values, color=colour, marker=marker, linestyle=dash, label=name)
+        left.legend(loc="upper center", ncols=4, columnspacing=1.0, handlelength=1.8)
+        for name, values in data["losses"].items():
+            right.plot(data["parts"], values, **styles[name])
         right.axhline(data["base"], color=BLACK, linestyle=(0, (4, 2)), linewidth=1.6, label="frozen base")
         right.axhline(data["adapter"], color=GREY, linestyle=(0, (1, 1.2)), linewidth=2, label="adapter, not merged")
         right.set_xscale("log")

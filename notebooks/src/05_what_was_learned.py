@@ -19,9 +19,9 @@
 # between them; beside it the formula of φ and the line max(i, j)/k. Write the paper's numbers (0.32, 0.02, 21.67, factor
 # 21.5) before Table 7. Poll before section 1: "Two random matrices of rank 64 in 64 dimensions. How similar are their
 # directions: 0, 1/2 or 1?" Expect 0. Poll before section 4: "LoRA changes few numbers. Does it always forget less?" Expect
-# yes. Expect two confusions: directions of A and directions of ΔW (the paper uses A; we use ΔW, which does not depend
-# on how it is split), and "intruder" read as "bad". The last figure says how good the evidence for "bad" is here: shrinking
-# the whole update does as well.
+# yes. Expect two confusions: directions of A and directions of ΔW (the paper uses A; we use ΔW, which does not depend on how
+# it is split), and "intruder" read as "bad". The last figure says how good the evidence for "bad" is here: shrinking the
+# whole update does as well.
 
 # %%
 import inspect

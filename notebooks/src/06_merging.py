@@ -17,8 +17,8 @@
 # %% [markdown] teacher=true
 # 60 minutes: 15 section 1, 20 section 2, 10 section 3, 15 section 4. Board: (B₁+B₂)(A₁+A₂) multiplied out, the two cross
 # terms in red; beside it [B₁ B₂] over [A₁; A₂]. Later the number line of bf16 between 1 and 1 + 2⁻⁷, with the tie in the
-# middle. Poll before section 2: "Two adapters whose updates are orthogonal. Does their sum keep both skills?" Expect yes;
-# the figure says no, and that is the discussion of this lesson: orthogonal as matrices is not independent as functions, since
+# middle. Poll before section 2: "Two adapters whose updates are orthogonal. Does their sum keep both skills?" Expect yes; the
+# figure says no, and that is the discussion of this lesson: orthogonal as matrices is not independent as functions, since
 # layers and softmax are not linear. Poll before section 4: "Merge an update of 0.1 % of W into bf16. How many entries
 # change?" Expect "subtract it again" as the way to unmerge, and −1 as an index into a list of adapters (it takes the last
 # one, silently).
@@ -118,14 +118,15 @@ error = sum(np.sum((dense(update) - wanted[path]) ** 2) for path, update in upda
 check.compare("06.averaged", error)
 check.compare("06.cat", made["cat"]["measured_error"])
 check.compare("06.svd", made["svd"]["measured_error"])
+print(f"√weighted factors, added: {made['cat']['linear_error']:.2f}")
 assert made["cat"]["measured_error"] < 1e-6
 assert abs(made["svd"]["measured_error"] - made["svd"]["predicted_error"]) < 1e-4       # Eckart and Young knew it before
 assert error > 0.5
 
 # %% [markdown]
 # *Add products, not factors.* Side by side is exact, and costs rank. The best rank 8 has an error that the singular values
-# tell in advance. Averaged factors are wrong by more than half. The same hides behind `combination_type="linear"`, which sums
-# √weighted factors.
+# tell in advance. Averaged factors are wrong by more than half. PEFT's `combination_type="linear"` adds √weighted factors:
+# the last line of the output.
 
 # %% [markdown]
 # ### Exercise 06.1 · ●○○ · 8 min
@@ -310,8 +311,8 @@ check.serve(serve)
 # ## 4 Into half precision
 #
 # Checkpoints are stored in 16 bits, QLoRA's bases in 4. Round W to the format, add ΔW, round again: what is left of ΔW? bf16
-# keeps 8 significant bits, so an entry moves only if its change is at least about 1/256 of it. Guess: of an update of size
-# ‖ΔW‖ = 0.001 ‖W‖, which share of the entries changes in bf16? In fp16?
+# keeps 8 significant bits, so a change below 1/512 of an entry never moves it, and one above 1/256 always does. Guess: of an
+# update of size ‖ΔW‖ = 0.001 ‖W‖, which share of the entries changes in bf16? In fp16?
 
 # %%
 check.guess("06.bf16_changed", None)
@@ -409,5 +410,5 @@ check.smallest(smallest)
 # - (B₁ + B₂)(A₁ + A₂) has two cross terms that mean nothing.
 # - Nearly orthogonal updates, and still the sum ruined Python.
 # - (W + ΔW) − ΔW ≠ W: keep W.
-# - bf16 swallows what is smaller than 1/256 of an entry; 4 bits swallow 1 % updates whole.
+# - bf16 swallows what is below 1/512 of an entry; 4 bits swallow an update of 1 %.
 # - Merge once, in float32, round last.
