@@ -87,7 +87,7 @@ def learned_and_forgotten(data: dict[str, Any]) -> Figure:
     with plt.rc_context(LARGE):
         figure, ax = plt.subplots(figsize=(10.5, 6.2), layout="constrained")
         for (name, places), colour, marker, dash, shift in zip(data["lines"].items(), (BLUE, ORANGE), "os", ("-", DASHED),
-                                                               ((-32, -6), (8, 6))):
+                                                               ((-34, -6), (2, -22))):
             ax.plot(*zip(*places), color=colour, marker=marker, linestyle=dash, label=name)
             for factor, place in zip(data["factors"], places):
                 if factor < 0.8:                                       # above it they lie too near each other

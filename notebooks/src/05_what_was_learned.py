@@ -224,9 +224,9 @@ lab.show(plots.amplification({"rows": rows}))
 
 # %% [markdown]
 # *ΔW does not repeat W: what W does most, ΔW leaves alone.* That agrees with the paper. But be careful with the factor. A
-# random update of rank r meets ‖W‖·r/√(dk) of W, so the factor of a **random** update falls by 4 from r = 4 to r = 16. The
-# paper's own fall, 21.5 to 1.9, is 11 times where chance gives 16. The number that says something is the projection beside
-# its chance value: for q it is larger, so ΔW strengthens directions that W knows a little. For v it is chance.
+# random update of rank r meets ‖W‖·r/√(dk) of W, so for one ‖ΔW‖ the factor of a **random** update falls by 4 from r = 4 to r
+# = 16. The paper's own fall, 21.5 to 1.9, is 11 times where chance gives 16. The number that says something is the projection
+# beside its chance value: for q it is larger, so ΔW strengthens directions that W knows a little. For v it is chance.
 
 # %% [markdown]
 # ### Exercise 05.2 · ●●○ · 12 min
@@ -388,13 +388,13 @@ check.guess("05.shrunk", None)              # loss on prose with the whole updat
 
 factors = [1.0, 0.9, 0.7, 0.5, 0.0]
 wide.install(base, 0, "cell")
-lines = {"whole update times f": [], "intruders times f": []}
+lines = {"LoRA, r = 4: whole update times f": [], "LoRA, r = 4: intruders times f": []}
 for factor in factors:
     ml.set_scale(base, "cell", factor)
-    lines["whole update times f"].append((mean_loss(base, python), mean_loss(base, prose)))
+    lines["LoRA, r = 4: whole update times f"].append((mean_loss(base, python), mean_loss(base, prose)))
     ml.set_scale(base, "cell", 1.0)
     reduce_intruders(base, factor, name="cell", correction="softer")
-    lines["intruders times f"].append((mean_loss(base, python), mean_loss(base, prose)))
+    lines["LoRA, r = 4: intruders times f"].append((mean_loss(base, python), mean_loss(base, prose)))
     if "softer" in base.adapter_configs:
         ml.delete_adapter(base, "softer")
     ml.set_adapter(base, "cell")
