@@ -1,7 +1,7 @@
 """LoRA and six listings that are taken for it: lesson 10 tells them apart by running them.
 
 Each is a function (W (out, in), r, rng) -> Listing: what the optimiser may change, what it may not, and the weight that the
-layer then multiplies by. The six are NumPy translations of listings in widely read texts; `lora` is the paper's (arXiv:2106.09685).
+layer then multiplies by. The six are translations of listings in widely read texts; `lora` is the paper's (arXiv:2106.09685).
 """
 
 from __future__ import annotations
