@@ -84,7 +84,7 @@ def progress(lesson: int | str | None = None) -> None:
                          f"{', '.join(map(str, sorted({each.lesson for each in exercises().values()})))}")
     for each in listed:
         verdict = _verdicts.get(each.name)
-        print(f"{verdict.mark if verdict else '○'} {each.id}  {each.name}: {each.title}")
+        print(f"{'○' if verdict is None else verdict.mark} {each.id}  {each.name}: {each.title}")
     print(f"{sum(bool(_verdicts.get(each.name)) for each in listed)} of {len(listed)} right")
 
 

@@ -16,6 +16,7 @@ import minilora
 
 from . import bench, plots, tasks
 from .backend import DeviceError, current_device, set_device
+from .course import command
 from .lora.files import load_adapter
 from .pretrained import load_pretrained, reference, stream_text
 from .pretrained.analysis import analyze
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     _file_verbs(verbs)
     _task_verbs(verbs)
     _params_verb(verbs)
+    _course_verb(verbs)
     return top
 
 
@@ -207,6 +209,11 @@ def _params_verb(verbs: Any) -> None:
     verb.add_argument("--tokens", type=int, metavar="N", help="tokens in a sequence (default 512, or the most it takes)")
     verb.add_argument("--recompute", action="store_true", help="keep only the inputs of the layers")
     _json(verb)
+
+
+def _course_verb(verbs: Any) -> None:
+    command.arguments(_verb(verbs, "course", None, "build the course's notebooks, grade answers, write the teacher's sheet",
+                            "minilora course grade submitted/*.ipynb --csv marks.csv"))
 
 
 def _json(verb: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from minilora.nn import Transformer, TransformerConfig
 from minilora.studies import STUDIES, rank_quality
 
 VERBS = ["study", "bench", "analyze", "generate", "merge", "resize", "compose", "extract", "reference", "verify", "finetune",
-         "predict", "params"]
+         "predict", "params", "course"]
 
 
 def fails(arguments, capsys, code=2):

@@ -3,7 +3,13 @@
     exercise.py     what an exercise is and how an answer is judged
     diagnose.py     what the numbers of a wrong answer say by themselves
     lesson_NN.py    the exercises of each lesson: cases, oracles, known mistakes; never the answer
+    five_tests.py   is_lora and audit: for every recipe, not only the course's
     lab.py          the small base and task that the lessons share
+    source.py       a lesson's text and code as it is written, in one file
+    build.py        from there to the notebooks, one way only
+    grade.py        a pile of students' files -> a table (runner.py runs one answer)
+    sheets.py       the teacher's sheet, and test files for otter-grader
+    command.py      `minilora course`
 
 Students call minilora.check; the notebooks' sources are in notebooks/src/.
 """

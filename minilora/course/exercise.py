@@ -226,7 +226,8 @@ def _untouched(before: Any, given: Any) -> bool:
         return before.keys() == given.keys() and all(_untouched(value, given[key]) for key, value in before.items())
     if isinstance(before, Tensor):
         return _untouched(before.data, given.data)
-    return bool(before == given) if isinstance(before, set | bytearray) else True
+    plain = isinstance(before, bool | int | float | complex | str | set | bytearray)
+    return type(before) is type(given) and (before == given or before != before) if plain else True    # NaN is not itself
 
 
 def _raised(error: BaseException) -> str:
