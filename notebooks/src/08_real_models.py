@@ -1,15 +1,3 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # 08 · Real models
 #
@@ -264,7 +252,7 @@ check.adapter_bytes(adapter_bytes)
 # is no LoRA: leave it out. The config may say `"use_rslora": true`.
 #
 # <details><summary>Hint 1</summary>The scale is not in the tensors: read adapter_config.json.</details>
-# <details><summary>Hint 2</summary>Go through the keys that end with `.lora_A.weight`; B has the same name with lora_B.</details>
+# <details><summary>Hint 2</summary>The keys that end with `.lora_A.weight` name the modules; B's have lora_B there.</details>
 # <details><summary>Hint 3</summary>The scale is α/r, or α/√r with use_rslora.</details>
 
 # %% exercise="read_deltas"
@@ -289,9 +277,9 @@ check.read_deltas(read_deltas)
 # Somebody's adapter loads without an error, and does nothing at all. Find out why. You get the file's tensors, `r` and
 # `lora_alpha` of the config, and the names of the modules that the base really has. Return one of four words: `"names"` (no
 # key meets a module: PEFT looks for `base_model.model.` + module + `.lora_A.weight` and `.lora_B.weight`), `"scale"` (α/r
-# is zero), `"factor"` (every A, or every B, is zero), or `"works"`: then the adapter does something, if only in one module.
+# is zero), `"factor"` (every A, or every B, is zero), or `"works"`: then it does something, if only in one module.
 #
-# <details><summary>Hint 1</summary>ΔW = s·B·A is zero if any of the three is. It acts only where a name meets a module.</details>
+# <details><summary>Hint 1</summary>ΔW = s·B·A is zero if one of the three is. And it acts only where a name fits.</details>
 # <details><summary>Hint 2</summary>Build the key that each module should have, and see whether it is there.</details>
 
 # %% exercise="why_silent"

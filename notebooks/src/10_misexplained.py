@@ -1,15 +1,3 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-#   kernelspec:
-#     display_name: Python 3
-#     language: python
-#     name: python3
-# ---
-
 # %% [markdown]
 # # 10 · LoRA as it is often mis-explained
 #
@@ -524,15 +512,20 @@ check.what_moved(what_moved)
 # %% [markdown]
 # ### Exercise 10.6 · ●○○ · 8 min
 #
-# A text reports "97.3 % F1" for named entities, and prints a table: precision, recall and support (the true tokens) of each
-# label. O (no entity) is one of its nine labels, with 38,323 of the 46,435 tokens. Write the micro-averaged F1 of such a
-# table: one F1 from the counts of all its rows. With it, the text's own rows give 0.981 with O, and 0.922 without O. A
-# program that always answers O gets 0.825. No row of the table gives 97.3.
+# A text reports "97.3 % F1" for named entities, and prints the table `TABLE` below: precision, recall and support (the true
+# tokens) of each label. O (no entity) is one of its nine labels, with 38,323 of the 46,435 tokens. Write the micro-averaged
+# F1 of such a table: one F1 from the counts of all its rows. Then ask yourself: what do the text's own rows give, with O and
+# without? (0.981 and 0.922.) What would a program get that always answers O? (0.825.) 97.3 is not among them.
 #
 # <details><summary>Hint 1</summary>Get the counts back: recall = hits / support, precision = hits / predicted.</details>
 # <details><summary>Hint 2</summary>F1 = 2 · hits / (support + predicted), each summed over the labels.</details>
 
 # %% exercise="micro_f1"
+TABLE = {"B-LOC": (0.926, 0.906, 1668), "I-LOC": (0.900, 0.805, 257), "B-MISC": (0.875, 0.856, 702),
+         "I-MISC": (0.838, 0.782, 216), "B-ORG": (0.914, 0.898, 1661), "I-ORG": (0.911, 0.894, 835),
+         "B-PER": (0.964, 0.957, 1617), "I-PER": (0.983, 0.980, 1156), "O": (0.993, 0.995, 38323)}
+
+
 def micro_f1(precision, recall, support):
     """precision, recall, support: (n,) arrays, one entry for each label -> the micro-averaged F1, a number."""
     # BEGIN SOLUTION
