@@ -23,12 +23,12 @@
 # the fine-tuning cell, and draw on the board while it runs. Board plan: left, one real W as a square, its singular values
 # below as a curve that hardly falls; right, the thin B and A beside it, and their curve, which ends at 8. Under both: "W
 # needs all its rank. The *change* does not." **The poll question:** "How much of a trained matrix is lost if you keep its
-# best rank-8 part: 5 %, 20 %,
-# 50 %, 90 %?" Expect the middle answers; it is about 90 %. Then ask for the accuracy of the three rows before you show them:
-# most expect the frozen features to be useless. They are not, and LoRA has to beat *them*, not the coin. Expect in 08.1:
-# `endswith("output.dense")`, which also catches attention.output.dense; in 08.2: the classifier is forgotten; in 08.3: α
-# without /r, and rsLoRA; in 08.4: everyone looks at B first, few look at the keys, and wrong keys are what happens in
-# practice.
+# best rank-8 part: 5, 20, 50 or 90 %?" Expect the middle answers; it is about 90 %. Then ask for the accuracy of the three
+# rows before you show them: most expect the frozen features to be useless. They are not, and LoRA's opponent is *they*, not
+# the coin. Let the class say how many test sentences it takes to tell 73 % from 76 % (about 2,000 for two standard errors).
+# Expect in 08.1: `endswith("output.dense")`, which also catches attention.output.dense; in 08.2: the classifier is
+# forgotten; in 08.3: α without /r, and rsLoRA; in 08.4: everyone looks at B first, few at the keys, which is where it
+# fails in practice.
 
 # %%
 import json
@@ -131,7 +131,7 @@ check.our_name(our_name)
 #
 # 1,000 sentences from film reviews to learn from, 500 to test on. A coin gets one half. But the fair opponent is not the coin.
 # It is a *linear probe*: MiniLM's frozen sentence vectors, and a classifier of 770 numbers on them. We even take the best
-# accuracy that it ever reaches on the test sentences, which is too kind to it. LoRA has to beat that.
+# accuracy that it ever reaches on the test sentences, which is too kind to it. Does LoRA beat that?
 
 # %%
 settings = TASKS["sentiment"].settings.with_(epochs=1.0, lr=4e-3, max_length=64, steps=None if lab.FULL else 3)
@@ -165,14 +165,18 @@ if REVIEWS:
           f"{len(moved.changed)} changed")
     assert trained == 12 * 8 * (384 + 384) + 2 * 384 + 2 and not moved.changed
     if lab.FULL:
-        assert scores["lora"] > scores["probe"] > scores["start"] + 0.1
+        error = (scores["lora"] * (1 - scores["lora"]) / held * 2) ** 0.5        # of the difference of two such accuracies
+        print(f"LoRA is {scores['lora'] - scores['probe']:+.1%} from the probe, with a standard error of {error:.1%}")
+        assert min(scores["lora"], scores["probe"]) > scores["start"] + 0.1
     check.compare("08.probe", scores["probe"])
     check.compare("08.lora", scores["lora"])
 
 # %% [markdown]
-# **Read the three numbers with care.** LoRA starts at the coin, and after one pass of about a minute it has learned the
-# task through 12 thin pairs. The probe on frozen vectors is a strong opponent with only 1,000 sentences: MiniLM was made
-# for such vectors. Ask for this row whenever somebody shows you a fine-tuning result.
+# **Read the three numbers with care.** LoRA starts at the coin, and after one pass it has learned the task through 12 pairs
+# of thin factors. But most of the way is already in the frozen vectors: MiniLM was made for such vectors. And 500 test
+# sentences are too few to tell LoRA from a probe that was stopped at its best moment. Left alone, the probe fits its 1,000
+# sentences and gets worse. Ask for these rows, and for the standard error, whenever somebody shows you a fine-tuning
+# result.
 #
 # Now the change itself: one real matrix, noise of the same size, and the ΔW that LoRA found, on one axis.
 
