@@ -19,7 +19,7 @@
 # Without them the cells that need them say so and do nothing. The exercises need none of them.
 
 # %% [markdown] teacher=true
-# **For the teacher: 50 minutes; 4 of them the machine works.** Install the three packages the day before (190 MB). Start
+# **For the teacher: 50 minutes; the machine works for two or three of them.** Install the three packages the day before (190 MB). Start
 # the fine-tuning cell, and draw on the board while it runs. Board plan: left, one real W as a square, its singular values
 # below as a curve that hardly falls; right, the thin B and A beside it, and their curve, which ends at 8. Under both: "W
 # needs all its rank. The *change* does not." **The poll question:** "How much of a trained matrix is lost if you keep its
@@ -176,7 +176,7 @@ if REVIEWS:
 # of thin factors. But most of the way is already in the frozen vectors: MiniLM was made for such vectors. And 500 test
 # sentences are too few to tell LoRA from a probe that was stopped at its best moment. Left alone, the probe fits its 1,000
 # sentences and gets worse. Ask for these rows, and for the standard error, whenever somebody shows you a fine-tuning
-# result.
+# result. (With 4,000 sentences, `minilora study sentiment` reaches 78.8 %.)
 #
 # Now the change itself: one real matrix, noise of the same size, and the ΔW that LoRA found, on one axis.
 
@@ -191,10 +191,15 @@ if REVIEWS:
                "noise of the same norm": np.linalg.svd(noise * np.linalg.norm(W) / np.linalg.norm(noise), compute_uv=False),
                "ΔW after fine-tuning, r = 8": update.svd[1]}
     assert len(spectra["ΔW after fine-tuning, r = 8"]) <= 8
+    needed = [ml.rank.energy_rank(each.svd[1], 0.9) for each in ml.rank.updates(run.model).values()]
+    print("directions that hold 90 % of ΔW's energy, in the 12 modules:", needed)
     figure = lab.show(figures.spectra({"spectra": {key: list(map(float, s)) for key, s in spectra.items()}, "rows": rows}))
 figure
 
 # %% [markdown]
+# **W needs all its rank; the change does not even use its 8.** In the last two layers one or two directions hold 90 % of ΔW's
+# energy here. The first layers use more.
+#
 # ## 3. The file
 #
 # What is in an adapter's folder? Two files. Any PEFT reads them (our tests hold PEFT to it), and so do you.
