@@ -19,16 +19,16 @@
 # Without them the cells that need them say so and do nothing. The exercises need none of them.
 
 # %% [markdown] teacher=true
-# **For the teacher: 50 minutes; the machine works for two or three of them.** Install the three packages the day before (190 MB). Start
-# the fine-tuning cell, and draw on the board while it runs. Board plan: left, one real W as a square, its singular values
-# below as a curve that hardly falls; right, the thin B and A beside it, and their curve, which ends at 8. Under both: "W
-# needs all its rank. The *change* does not." **The poll question:** "How much of a trained matrix is lost if you keep its
-# best rank-8 part: 5, 20, 50 or 90 %?" Expect the middle answers; it is about 90 %. Then ask for the accuracy of the three
-# rows before you show them: most expect the frozen features to be useless. They are not, and LoRA's opponent is *they*, not
-# the coin. Let the class say how many test sentences it takes to tell 73 % from 76 % (about 2,000 for two standard errors).
-# Expect in 08.1: `endswith("output.dense")`, which also catches attention.output.dense; in 08.2: the classifier is
-# forgotten; in 08.3: α without /r, and rsLoRA; in 08.4: everyone looks at B first, few at the keys, which is where it
-# fails in practice.
+# **For the teacher: 50 minutes; the machine works for two or three of them.** Install the three packages the day before
+# (190 MB). Start the fine-tuning cell, and draw on the board while it runs. Board plan: left, one real W as a square, its
+# singular values below as a curve that hardly falls; right, the thin B and A beside it, and their curve, which ends at 8.
+# Under both: "W needs all its rank. The *change* does not." **The poll question:** "How much of a trained matrix is lost if
+# you keep its best rank-8 part: 5, 20, 50 or 90 %?" Expect the middle answers; it is about 90 %. Then ask for the accuracy
+# of the three rows before you show them: most expect the frozen features to be useless. They are not, and LoRA's opponent
+# is *they*, not the coin. Let the class say how many test sentences it takes to tell 73 % from 76 % (about 2,000 for two
+# standard errors). Expect in 08.1: `endswith("output.dense")`, which also catches attention.output.dense; in 08.2: the
+# classifier is forgotten; in 08.3: α without /r, and rsLoRA; in 08.4: everyone looks at B first, few at the keys, which is
+# where it fails in practice.
 
 # %%
 import json
@@ -197,8 +197,8 @@ if REVIEWS:
 figure
 
 # %% [markdown]
-# **W needs all its rank; the change does not even use its 8.** In the last two layers one or two directions hold 90 % of ΔW's
-# energy here. The first layers use more.
+# **W needs all its rank; the change does not even use its 8.** In the last two layers one or two directions hold 90 % of
+# ΔW's energy here. The first layers use more.
 #
 # ## 3. The file
 #
