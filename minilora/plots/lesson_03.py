@@ -19,18 +19,20 @@ DASHED = (0, (4, 2))
 
 def lora_to_scale(layers: Sequence[dict[str, Any]]) -> Figure:
     """W + s·B@A as boxes to scale, one panel a layer: {"name", "d_out", "d_in", "rank"}. Frozen grey, trained in colour."""
+    widths = [1.25 + 2 * layer["d_in"] / max(layer["d_out"], layer["d_in"]) for layer in layers]
     with plt.rc_context(SLIDE):
-        figure, axes = plt.subplots(1, len(layers), figsize=(6.6 * len(layers), 5.2), layout="constrained", squeeze=False)
-        for ax, layer in zip(axes[0], layers):
-            _boxes(ax, layer["d_out"], layer["d_in"], layer["rank"])
+        figure, axes = plt.subplots(1, len(layers), figsize=(2.9 * sum(widths), 4.9), layout="constrained", squeeze=False,
+                                    width_ratios=widths)
+        for ax, layer, width in zip(axes[0], layers, widths):
+            _boxes(ax, layer["d_out"], layer["d_in"], layer["rank"], width)
             ax.set_title(f"{layer['name']}, r = {layer['rank']}", pad=10)
     return figure
 
 
-def _boxes(ax: Axes, d_out: int, d_in: int, r: int) -> None:
-    """One layer. The longest side of W is 1; a box thinner than a line is drawn as a line."""
+def _boxes(ax: Axes, d_out: int, d_in: int, r: int, width: float) -> None:
+    """One layer, `width` wide. The longest side of W is 1; a box thinner than a line is drawn as a line."""
     unit = 1.0 / max(d_out, d_in)
-    high, wide, thin, gap = d_out * unit, d_in * unit, r * unit, 0.17
+    high, wide, thin, gap = d_out * unit, d_in * unit, r * unit, 0.32
 
     def box(x: float, width: float, height: float, colour: str, name: str, size: str, face: bool) -> float:
         ax.add_patch(Rectangle((x, -height), width, height, facecolor=colour, edgecolor=colour, linewidth=1.5))
@@ -43,14 +45,14 @@ def _boxes(ax: Axes, d_out: int, d_in: int, r: int) -> None:
         return x + width
 
     x = box(0.0, wide, high, GREY, "W", f"{d_out:,} × {d_in:,}\nfrozen", True)
-    ax.text(x + gap / 2, -0.1, "+ s", ha="center", va="center", fontsize=20)
-    x = box(x + gap + 0.06, thin, high, ORANGE, "B", f"{d_out:,} × {r}", False)
-    x = box(x + gap + 0.06, wide, thin, BLUE, "A", f"{r} × {d_in:,}", False)
+    ax.text(x + gap / 2, -high / 2, "+  s", ha="center", va="center", fontsize=22)
+    x = box(x + gap, thin, high, ORANGE, "B", f"{d_out:,} × {r}", False)
+    x = box(x + 0.2, wide, thin, BLUE, "A", f"{r} × {d_in:,}", False)
     share = r * (d_out + d_in) / (d_out * d_in)
-    ax.text((x - wide / 2), -0.62 * high, f"trained:\n{r * (d_out + d_in):,} of {d_out * d_in:,}\n{share:.2%}",
-            ha="center", va="center", fontsize=15, bbox={"facecolor": "white", "edgecolor": "none"})
-    ax.set_xlim(-0.12, x + 0.28)
-    ax.set_ylim(-high - 0.2, 0.2)
+    ax.text(x - wide, -0.55 * high, f"trained:\n{r * (d_out + d_in):,}\nof {d_out * d_in:,}\n= {share:.2%}", va="center",
+            fontsize=16)
+    ax.set_xlim(-0.15, width - 0.15)
+    ax.set_ylim(-1.22, 0.2)
     ax.set_aspect("equal")
     ax.axis("off")
 

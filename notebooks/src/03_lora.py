@@ -355,8 +355,8 @@ for name, r, lr in (("LoRA r = 1", 1, 1e-2), ("LoRA r = 8", 8, 1e-2), ("full", 0
 print(f"{'':12s} trained numbers   Python    prose   base weights       forgotten / learned")
 print(f"{'base':12s} {0:15,d} {base['loss']:8.3f} {base['source_loss']:8.3f}   {digest(lab.base())}")
 for name, run in runs.items():
-    price = (run["source_loss"] - base["source_loss"]) / (base["loss"] - run["loss"])
-    print(f"{name:12s} {trained[name]:15,d} {run['loss']:8.3f} {run['source_loss']:8.3f}   {digest(models[name])} {price:12.2f}")
+    price = f"{(run['source_loss'] - base['source_loss']) / (base['loss'] - run['loss']):12.2f}"
+    print(f"{name:12s} {trained[name]:15,d} {run['loss']:8.3f} {run['source_loss']:8.3f}   {digest(models[name])}", price)
 check.compare("03.reach", 100 * (base["loss"] - runs["LoRA r = 8"]["loss"]) / (base["loss"] - runs["full"]["loss"]))
 assert digest(models["LoRA r = 1"]) == digest(models["LoRA r = 8"]) == digest(lab.base()) != digest(models["full"])
 if lab.FULL:
@@ -401,11 +401,11 @@ assert 4 * 16_384 < files["adapter_model.safetensors"] < 4 * 16_384 + 4_000
 #
 # The figure above says otherwise: on prose all three runs got worse. A frozen *weight* is not a frozen *function*:
 # W' = W + s B A is another function. In that picture who learned more forgot more, and LoRA, which learned less, forgot less.
-# ("LoRA Learns Less and Forgets Less" is the title of a paper on large models, arXiv:2405.09673.) Look at the last column of the
-# table too: how much was forgotten for each nat that was learned. By that measure LoRA is not ahead here.
+# ("LoRA Learns Less and Forgets Less" is the title of a paper on large models, arXiv:2405.09673.) Look at the last column of
+# the table too: how much was forgotten for each nat that was learned. By that measure LoRA is not ahead here.
 #
-# Is "forgets less" a law? Here is a task where LoRA forgets **more**. The old inputs use the first half of the features, the new ones the
-# second half: they have no direction in common.
+# Is "forgets less" a law? Here is a task where LoRA forgets **more**. The old inputs use the first half of the features, the
+# new ones the second half: they have no direction in common.
 
 # %%
 rng = np.random.default_rng(0)
