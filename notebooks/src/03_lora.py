@@ -455,7 +455,7 @@ assert changed["full fine-tuning"] == 0.0 == changed["blind"] and changed["LoRA"
 # - B = 0 makes the start exact, and the first update move B alone; α/r scales the update and is not a learning rate.
 # - A frozen weight is not a frozen function: measure what is forgotten.
 
-# %% [markdown]
+# %% [markdown] slide=true
 # > **LoRA on one slide**
 # >
 # > W' = W + (α/r)·B A,   W (d, k) frozen,   A (r, k) random,   B (d, r) zero

@@ -329,7 +329,7 @@ if lab.FULL:
 # - Spend in this order: learning rate, more matrices, more rank; and compare only beyond the spread of seeds.
 # - The rank that an update uses can be measured from A and B alone; it grows with the rank that it is given.
 
-# %% [markdown]
+# %% [markdown] slide=true
 # > **How much rank? On one slide**
 # >
 # > best loss at rank r = Σ σᵢ² over i > r (Eckart-Young): LoRA reaches it
