@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .style import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
+from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 from .tasks import smoothed
 
 SLIDE: Any = STYLE | {"font.size": 15, "axes.titlesize": 16, "axes.labelsize": 15, "legend.fontsize": 14}
@@ -84,7 +84,7 @@ def learned_and_forgotten(data: dict[str, Any]) -> Figure:
 
     data: "base" and "runs", {name: {"loss", "source_loss", "curve"}}; the base has no curve.
     """
-    marks = [(BLUE, "o", "-"), (ORANGE, "s", "-"), (GREEN, "D", DASHED)]
+    marks: list[Any] = [(BLUE, "o", "-"), (ORANGE, "s", "-"), (GREEN, "D", DASHED), (PINK, "^", "-.")]
     with plt.rc_context(SLIDE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), layout="constrained")
         base = data["base"]
@@ -98,7 +98,8 @@ def learned_and_forgotten(data: dict[str, Any]) -> Figure:
             right.annotate("", (run["loss"], run["source_loss"]), (base["loss"], base["source_loss"]),
                            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5, "linestyle": "-", "linewidth": 1.8})
             right.plot(run["loss"], run["source_loss"], marker, color=colour, markersize=12)
-            right.annotate(name, (run["loss"], run["source_loss"]), xytext=(13, 6), textcoords="offset points", color=colour)
+            place = {"xytext": (0, -12), "ha": "center", "va": "top"} if marker == "^" else {"xytext": (13, 6)}
+            right.annotate(name, (run["loss"], run["source_loss"]), textcoords="offset points", color=colour, **place)
         left.set_xlabel("update")
         left.set_ylabel("training loss, nats per byte")
         left.set_title("a   while training (running mean)", loc="left")

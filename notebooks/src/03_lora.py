@@ -323,9 +323,9 @@ check.update_growth(update_growth)
 # %% [markdown]
 # ## 4. Fine-tune: what changed, and what must be saved?
 #
-# The base has read English prose. Now it learns Python source: LoRA with r = 1 and r = 8, and full fine-tuning, each with the
-# same batches. **Guess:** full fine-tuning lowers the loss on Python by some amount. How much of that does LoRA with r = 8
-# reach, in percent?
+# The base has read English prose. Now it learns Python source: LoRA with r = 1 and r = 8, and full fine-tuning at a good
+# learning rate and at a third of it, all on the same batches. **Guess:** full fine-tuning lowers the loss on Python by some
+# amount. How much of that does LoRA with r = 8 reach, in percent?
 
 # %%
 check.guess("03.reach", None)
@@ -343,7 +343,7 @@ def losses(model):
 
 base = losses(lab.base())
 models, runs, trained = {}, {}, {}
-for name, r, lr in (("LoRA r = 1", 1, 1e-2), ("LoRA r = 8", 8, 1e-2), ("full", 0, 3e-3)):
+for name, r, lr in (("LoRA r = 1", 1, 1e-2), ("LoRA r = 8", 8, 1e-2), ("full", 0, 3e-3), ("full, rate/3", 0, 1e-3)):
     model = models[name] = lab.base()
     if r:
         ml.add_adapter(model, ml.LoraConfig(r=r, lora_alpha=32, target_modules="all-linear"))
@@ -361,7 +361,9 @@ check.compare("03.reach", 100 * (base["loss"] - runs["LoRA r = 8"]["loss"]) / (b
 assert digest(models["LoRA r = 1"]) == digest(models["LoRA r = 8"]) == digest(lab.base()) != digest(models["full"])
 if lab.FULL:
     assert runs["full"]["loss"] < runs["LoRA r = 8"]["loss"] < runs["LoRA r = 1"]["loss"] < base["loss"] - 0.1
-    assert all(run["source_loss"] > base["source_loss"] + 0.05 for run in runs.values())              # all three forget
+    assert all(run["source_loss"] > base["source_loss"] + 0.05 for run in runs.values())              # all of them forget
+    assert runs["full, rate/3"]["source_loss"] < runs["full"]["source_loss"] - 0.03
+    assert runs["full, rate/3"]["loss"] < runs["LoRA r = 8"]["loss"]
 lab.show(plots.learned_and_forgotten({"base": base, "runs": runs}))
 
 # %% [markdown]
@@ -399,11 +401,13 @@ assert 4 * 16_384 < files["adapter_model.safetensors"] < 4 * 16_384 + 4_000
 #
 # ## 5. "W is frozen, so nothing is forgotten"?
 #
-# The figure above says otherwise: on prose all three runs got worse. A frozen *weight* is not a frozen *function*:
-# W' = W + s B A is another function. In that picture who learned more forgot more, and LoRA, which learned less, forgot less.
-# ("LoRA Learns Less and Forgets Less" is the title of a paper on large models, arXiv:2405.09673.) Look at the last column of
-# the table too: how much was forgotten for each nat that was learned. By that measure r = 8 and full fine-tuning are about
-# equal here (another seed changes their order), and r = 1 paid most.
+# The figure above says otherwise: on prose all runs got worse. A frozen *weight* is not a frozen *function*:
+# W' = W + s B A is another function.
+#
+# "LoRA Learns Less and Forgets Less" is the title of a paper on large models (arXiv:2405.09673). In the figure this is so if
+# you compare LoRA with full fine-tuning at the rate at which it learns best. At a third of that rate full fine-tuning forgets
+# as little as LoRA with r = 8, and has learned more. The last column of the table says what one learned nat has cost. So
+# compare forgetting at equal learning, and say at which rates.
 #
 # Is "forgets less" a law? Here is a task where LoRA forgets **more**. The old inputs use the first half of the features, the
 # new ones the second half: they have no direction in common.
@@ -454,7 +458,7 @@ assert changed["full fine-tuning"] == 0.0 == changed["blind"] and changed["LoRA"
 #
 # - LoRA trains A and B, r(d + k) numbers a weight, and nothing else; W keeps every byte, until you choose to merge.
 # - B = 0 makes the start exact, and the first update move B alone; α/r scales the update and is not a learning rate.
-# - A frozen weight is not a frozen function: measure what is forgotten.
+# - A frozen weight is not a frozen function: measure what is forgotten, at equal learning.
 
 # %% [markdown] slide=true
 # > **LoRA on one slide**
