@@ -86,7 +86,7 @@ def learned_and_forgotten(data: dict[str, Any]) -> Figure:
     """
     marks: list[Any] = [(BLUE, "o", "-"), (ORANGE, "s", "-"), (GREEN, "D", DASHED), (PINK, "^", "-.")]
     with plt.rc_context(SLIDE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5.6), layout="constrained")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.2), layout="constrained")
         base = data["base"]
         right.plot(base["loss"], base["source_loss"], "*", color=BLACK, markersize=20)
         right.annotate("frozen base", (base["loss"], base["source_loss"]), xytext=(-12, -4), textcoords="offset points",
@@ -96,9 +96,9 @@ def learned_and_forgotten(data: dict[str, Any]) -> Figure:
             left.plot(range(width, len(run["curve"]) + 1), smoothed(run["curve"], width), color=colour, linestyle=style,
                       label=name)
             right.annotate("", (run["loss"], run["source_loss"]), (base["loss"], base["source_loss"]),
-                           arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5, "linestyle": "-", "linewidth": 1.8})
+                           arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 1.8})
             right.plot(run["loss"], run["source_loss"], marker, color=colour, markersize=12)
-            place = {"xytext": (0, -12), "ha": "center", "va": "top"} if marker == "^" else {"xytext": (13, 6)}
+            place = {"xytext": (3, -11), "ha": "right", "va": "top"} if marker == "^" else {"xytext": (13, 6)}
             right.annotate(name, (run["loss"], run["source_loss"]), textcoords="offset points", color=colour, **place)
         left.set_xlabel("update")
         left.set_ylabel("training loss, nats per byte")
@@ -107,5 +107,5 @@ def learned_and_forgotten(data: dict[str, Any]) -> Figure:
         right.set_xlabel("loss on Python (learned: to the left)")
         right.set_ylabel("loss on prose (forgotten: up)")
         right.set_title("b   afterwards, on text not seen", loc="left")
-        right.margins(0.16)
+        right.margins(0.2)
     return figure
