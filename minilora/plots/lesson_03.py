@@ -86,17 +86,19 @@ def learned_and_forgotten(data: dict[str, Any]) -> Figure:
     """
     marks: list[Any] = [(BLUE, "o", "-"), (ORANGE, "s", "-"), (GREEN, "D", DASHED), (PINK, "^", "-.")]
     with plt.rc_context(SLIDE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(12.4, 5.2), layout="constrained")
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11.4, 4.8), layout="constrained")
         base = data["base"]
         right.plot(base["loss"], base["source_loss"], "*", color=BLACK, markersize=20)
         right.annotate("frozen base", (base["loss"], base["source_loss"]), xytext=(-12, -4), textcoords="offset points",
                        ha="right", va="center")
         for (name, run), (colour, marker, style) in zip(data["runs"].items(), marks):
             width = max(1, len(run["curve"]) // 10)
-            left.plot(range(width, len(run["curve"]) + 1), smoothed(run["curve"], width), color=colour, linestyle=style,
-                      label=name)
+            steps = range(width, len(run["curve"]) + 1)
+            left.plot(steps[:: max(1, width // 3)], smoothed(run["curve"], width)[:: max(1, width // 3)], color=colour,
+                      linestyle=style, label=name)
             right.annotate("", (run["loss"], run["source_loss"]), (base["loss"], base["source_loss"]),
-                           arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 1.8})
+                           arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 1.5,
+                                       "antialiased": False})
             right.plot(run["loss"], run["source_loss"], marker, color=colour, markersize=12)
             place = {"xytext": (3, -11), "ha": "right", "va": "top"} if marker == "^" else {"xytext": (13, 6)}
             right.annotate(name, (run["loss"], run["source_loss"]), textcoords="offset points", color=colour, **place)
