@@ -1,6 +1,7 @@
 """Figures: plain data in (a study's or report's to_dict()), matplotlib Axes out. The only folder that imports matplotlib.
 
 Functions that take an Axes draw into it and return it, so a notebook can arrange them as it likes; the others make a Figure.
+What only one lesson of the course draws is in lesson_NN.py, imported by its notebook.
 """
 
 from .analysis import (
@@ -17,15 +18,12 @@ from .analysis import (
     spectra,
 )
 from .grids import amplification, capacity, init, rank_lr, real_model, spectrum, subspaces, which_matrices
-from .lesson_01 import epsilon_valley
-from .lesson_02 import learning_curve, loss_by_position
 from .studies import bench, planted_linear, planted_transformer, rank_quality, ratio_bars, text_ranks
 from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE, png, rank_axis, save
 from .tasks import answers, loss_curves, smoothed, twins
 
 __all__ = ["BLACK", "BLUE", "GREEN", "GREY", "ORANGE", "PINK", "STYLE", "adapter_map", "amplification", "amplification_bars",
-           "answers", "bench", "capacity", "epsilon_valley", "init", "intruder_curves", "learning_curve", "loss_by_position",
-           "loss_curves", "merge_errors", "module_map", "over_training", "planted_linear", "planted_transformer", "png",
-           "principal_angles", "rank_axis", "rank_lr", "rank_quality", "ratio_bars", "real_model", "save", "similarity",
+           "answers", "bench", "capacity", "init", "intruder_curves", "loss_curves", "merge_errors", "module_map",
+           "over_training", "planted_linear", "planted_transformer", "png", "principal_angles", "rank_axis", "rank_lr", "rank_quality", "ratio_bars", "real_model", "save", "similarity",
            "similarity_lines", "similarity_map", "smoothed", "spectra", "spectrum", "subspaces", "text_ranks", "twins",
            "which_matrices"]

@@ -33,10 +33,11 @@ import inspect
 import numpy as np
 
 import minilora as ml
-from minilora import autograd, check, plots
+from minilora import autograd, check
 from minilora.autograd.tensor import pullback, unbroadcast
 from minilora.course import lab
 from minilora.course.lesson_01 import SUSPECTS, difference_errors, slopes, softmax
+from minilora.plots import lesson_01 as figures
 
 # %% [markdown]
 # ## 1. One operation, forward and backward
@@ -140,7 +141,7 @@ worst = {kind: values.max(axis=1) for kind, values in errors.items()}
 
 check.compare("01.k64", int(exponents[worst["float64"].argmin()]))
 check.compare("01.k32", int(exponents[worst["float32"].argmin()]))
-lab.show(plots.epsilon_valley({"steps": steps, "errors": worst, "library_eps": 1e-5}))
+lab.show(figures.epsilon_valley({"steps": steps, "errors": worst, "library_eps": 1e-5}))
 
 # %% [markdown]
 # Two errors fight. With a large ε the function bends between the two points: the error falls with ε². With a small ε

@@ -34,9 +34,10 @@ import inspect
 import numpy as np
 
 import minilora as ml
-from minilora import autograd, check, nn, plots
+from minilora import autograd, check, nn
 from minilora.course import lab
 from minilora.data import decode, encode, eval_batches, load_corpus, reference_entropies
+from minilora.plots import lesson_02 as figures
 
 # %% [markdown]
 # ## 1. From operations to a model
@@ -289,7 +290,7 @@ print("   ".join(f"{name} {line:.3f}" for name, line in lines.items()), f"  the 
 if lab.FULL:
     assert crossed["uniform"] <= crossed["unigram"] < crossed["bigram"] < steps
     assert final < lines["bigram"] - 0.3
-lab.show(plots.learning_curve({"loss": history.loss, "eval": evaluations, "lines": lines, "crossed": crossed,
+lab.show(figures.learning_curve({"loss": history.loss, "eval": evaluations, "lines": lines, "crossed": crossed,
                                "samples": samples}))
 
 # %% [markdown]
@@ -332,7 +333,7 @@ if lab.FULL:
     assert abs(position_loss[0] - lines["bigram"]) < 0.2           # one byte in view: no better than the table of pairs
     assert position_loss[0] - position_loss[1] > 0.2
     assert position_loss[16:].mean() < position_loss[1]
-lab.show(plots.loss_by_position({"loss": position_loss, "lines": lines}))
+lab.show(figures.loss_by_position({"loss": position_loss, "lines": lines}))
 
 # %% [markdown]
 # With one byte in view the model is about as good as a table of pairs, and it can hardly be better: the table *is* the

@@ -35,7 +35,7 @@ from minilora import check, plots
 from minilora.course import lab
 from minilora.lora.layer import dense
 from minilora.lora.svd import factored_svd
-from minilora.plots import lesson_05
+from minilora.plots import lesson_05 as figures
 from minilora.rank import (
     alignment,
     amplification,
@@ -149,7 +149,7 @@ if lab.FULL:
     assert alike["q_proj"] > alike["v_proj"] + 0.2                     # as in the paper's Figure 4
     assert one_in_16 > 16 / 64 + 0.1                                   # as in its Figure 3
     assert same_seed > other_seed + 0.2                                # the dice are still seen after training
-lab.show(lesson_05.shared_directions(
+lab.show(figures.shared_directions(
     {kind: compared[f"layers.0.attn.{kind}_proj"] for kind in "qv"},
     {"r = 4 in r = 16": ("r = 4", "r = 16"), "two seeds, r = 16": ("seed 0", "seed 1")}))
 
@@ -323,7 +323,7 @@ print(f"LoRA trained at rank 4: {lora[4]:.3f}")
 if lab.FULL:
     assert all(lora[4] < values[1] - 0.02 for values in cut.values())  # thin from the start beats cut afterwards
 path = "layers.1.mlp.up_proj"
-lab.show(lesson_05.beside_full({"spectra": {kind: found[path].svd[1].tolist() for kind, found in changes.items()},
+lab.show(figures.beside_full({"spectra": {kind: found[path].svd[1].tolist() for kind, found in changes.items()},
                                 "reports": reports, "cut": {"ranks": ranks, "full": cut, "lora": lora,
                                                             "base": mean_loss(base, python)}}))
 
@@ -408,7 +408,7 @@ if lab.FULL:
     assert softened[at][1] < softened[0][1] - 0.01                     # softening gives some prose back
     assert shrunk[at][1] < softened[at][1]                             # and so does shrinking everything, more of it
     assert softened[-1][0] > mean_loss(base, python)                   # without them: worse on Python than no adapter
-lab.show(lesson_05.learned_and_forgotten({"base": (mean_loss(base, python), mean_loss(base, prose)), "lines": lines,
+lab.show(figures.learned_and_forgotten({"base": (mean_loss(base, python), mean_loss(base, prose)), "lines": lines,
                                           "factors": factors, "points": {kind: losses[kind] for kind in name.values()}}))
 
 # %% [markdown]

@@ -37,7 +37,7 @@ from minilora.data import eval_batches, load_corpus
 from minilora.lora import adapters_of
 from minilora.lora.peft_format import from_bf16
 from minilora.methods.four_bit import FourBit
-from minilora.plots import lesson_06
+from minilora.plots import lesson_06 as figures
 from minilora.pretrained.safetensors_file import to_bf16
 from minilora.rank import interference, updates
 from minilora.rank.update import set_factors
@@ -197,7 +197,7 @@ if lab.FULL:
     assert max(map(abs, cosines)) < 0.15                               # nearly orthogonal, and yet:
     assert table["sum"][0] > table["none"][0] + 0.2                    # worse on Python than no adapter at all
     assert abs(table["half, best\nrank 8"][0] - table["half of\neach"][0]) < 0.1
-lab.show(lesson_06.composed(table, list(tests), table["none"]))
+lab.show(figures.composed(table, list(tests), table["none"]))
 
 # %% [markdown]
 # *The sum is exact, and on Python it is worse than no adapter at all.* The updates are nearly orthogonal, and that does not
@@ -368,7 +368,7 @@ folder.cleanup()
 if lab.FULL:
     assert max(little["fp32"]) - table["Python"][0] < 0.01
     assert little["bf16"][-1] > table["Python"][0] + 0.5 * (table["none"][0] - table["Python"][0])
-lab.show(lesson_06.half_precision({"relative": relative, "share": share, "parts": parts, "losses": little,
+lab.show(figures.half_precision({"relative": relative, "share": share, "parts": parts, "losses": little,
                                    "base": table["none"][0], "adapter": table["Python"][0]}))
 
 # %% [markdown]

@@ -37,7 +37,7 @@ from minilora import check
 from minilora.course import lab
 from minilora.data import load_corpus
 from minilora.lora import METHODS, Adapter, TargetConfig, adapters_of, register
-from minilora.plots.lesson_07 import family
+from minilora.plots import lesson_07 as figures
 from minilora.training import SGD, AdamW, mean_loss
 
 # %% [markdown]
@@ -493,7 +493,7 @@ if lab.FULL:
     assert max(peers) - min(peers) < 0.6 * (frozen - reached["LoRA"]["loss"])             # the family is narrow ...
     assert reached["SHiRA"]["loss"] < reached["LoRA"]["loss"]                             # ... and rank is not what counts
     assert min(reached["IA3"]["loss"], reached["BitFit"]["loss"]) > reached["LoRA"]["loss"] + 0.08
-lab.show(family({"rows": rows[:-1], "base": frozen, "full": full, "steps": lab.SETTING.steps}))
+lab.show(figures.family({"rows": rows[:-1], "base": frozen, "full": full, "steps": lab.SETTING.steps}))
 
 # %% [markdown]
 # Three things to see. LoRA and LoRA+ are one point, as they must be. The methods with 8,000 numbers lie close together,

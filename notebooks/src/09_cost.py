@@ -41,7 +41,7 @@ from minilora import check
 from minilora.autograd.linear import LoRALinear
 from minilora.bench.products import product_seconds, timed_ops, wait
 from minilora.course import lab
-from minilora.plots.lesson_09 import cost
+from minilora.plots import lesson_09 as figures
 from minilora.training import AdamW
 
 # %% [markdown]
@@ -364,7 +364,7 @@ assert counts["merged"] == counts["base"]                  # the very same produ
 print(f"Llama-2-7B in half precision: {whole.file_size(2) / 1e9:.1f} GB")
 print(f"its adapter in float32: {lora.file_size(4) / 1e6:.0f} MB, {whole.file_size(2) / lora.file_size(4):.0f} times less")
 assert whole.file_size(2) > 150 * lora.file_size(4)
-lab.show(cost({"times": times, "memory": memory, "model": "Llama-2-7B in bf16, 2,048 tokens a sequence"}))
+lab.show(figures.cost({"times": times, "memory": memory, "model": "Llama-2-7B in bf16, 2,048 tokens a sequence"}))
 
 # %% [markdown]
 # ## 4. The same on a GPU
