@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minilora import TransformerConfig, plots
+from minilora import TransformerConfig
 from minilora.course.lesson_01 import difference_errors
 from minilora.data import Corpus
+from minilora.plots import lesson_01, lesson_02, png
 from minilora.studies.common import Pretraining, pretrain, pretrained_base
 
 mpl.use("Agg")
@@ -31,13 +32,13 @@ def test_a_right_gradient_is_seen_in_float64_and_by_the_complex_step_only():
 
 def test_the_valley_draws_all_three_curves_and_the_step_of_gradcheck():
     errors = {"float32": np.array([1e-3, 1.0]), "float64": np.array([1e-9, 0.0]), "complex": np.array([1e-9, 1e-15])}
-    ax = plots.epsilon_valley({"steps": [1e-3, 1e-9], "errors": errors, "library_eps": 1e-5}).axes[0]
+    ax = lesson_01.epsilon_valley({"steps": [1e-3, 1e-9], "errors": errors, "library_eps": 1e-5}).axes[0]
     assert [line.get_ydata()[0] for line in ax.lines[:3]] == [1e-3, 1e-9, 1e-9] and ax.lines[3].get_xdata()[0] == 1e-5
     assert ax.lines[1].get_ydata()[1] > 0                                  # an error of 0 is drawn at the bottom
 
 
 def test_the_learning_curve_marks_the_crossings_and_prints_the_samples():
-    figure = plots.learning_curve({"loss": [5.0, 3.0, 2.0], "eval": [(0, 5.4), (2, 2.0)], "lines": LINES,
+    figure = lesson_02.learning_curve({"loss": [5.0, 3.0, 2.0], "eval": [(0, 5.4), (2, 2.0)], "lines": LINES,
                                    "crossed": {"uniform": 0, "bigram": 2}, "samples": {0: ["a\nb\x00$x$", "c" * 40], 2: ["d"]}})
     curve, beside = figure.axes
     marked = [tuple(line.get_xydata()[0]) for line in curve.lines if line.get_marker() == "D"]
@@ -48,7 +49,7 @@ def test_the_learning_curve_marks_the_crossings_and_prints_the_samples():
 
 
 def test_the_loss_by_position_stands_beside_the_lines_of_counting():
-    ax = plots.loss_by_position({"loss": np.array([2.3, 2.0, 1.9]), "lines": LINES}).axes[0]
+    ax = lesson_02.loss_by_position({"loss": np.array([2.3, 2.0, 1.9]), "lines": LINES}).axes[0]
     assert ax.lines[0].get_xdata().tolist() == [1, 2, 3] and list(ax.get_xticks()) == [1, 2]
     assert {line.get_ydata()[0] for line in ax.lines[1:]} == {3.2, 2.3}
 
@@ -56,8 +57,7 @@ def test_the_loss_by_position_stands_beside_the_lines_of_counting():
 def test_a_png_is_small_says_nothing_of_its_maker_and_closes_the_figure():
     figure, ax = plt.subplots(figsize=(2, 1))
     ax.imshow(np.arange(12.0).reshape(3, 4))
-    png = plots.png(figure)
-    image = Image.open(io.BytesIO(png))
+    image = Image.open(io.BytesIO(png(figure)))
     assert image.size == (220, 110) and image.mode == "P" and not image.info.keys() & {"Software", "Creation Time"}
     assert not plt.get_fignums()
 

@@ -24,6 +24,6 @@ from .tasks import answers, loss_curves, smoothed, twins
 
 __all__ = ["BLACK", "BLUE", "GREEN", "GREY", "ORANGE", "PINK", "STYLE", "adapter_map", "amplification", "amplification_bars",
            "answers", "bench", "capacity", "init", "intruder_curves", "loss_curves", "merge_errors", "module_map",
-           "over_training", "planted_linear", "planted_transformer", "png", "principal_angles", "rank_axis", "rank_lr", "rank_quality", "ratio_bars", "real_model", "save", "similarity",
-           "similarity_lines", "similarity_map", "smoothed", "spectra", "spectrum", "subspaces", "text_ranks", "twins",
-           "which_matrices"]
+           "over_training", "planted_linear", "planted_transformer", "png", "principal_angles", "rank_axis", "rank_lr",
+           "rank_quality", "ratio_bars", "real_model", "save", "similarity", "similarity_lines", "similarity_map", "smoothed",
+           "spectra", "spectrum", "subspaces", "text_ranks", "twins", "which_matrices"]

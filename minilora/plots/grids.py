@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from .analysis import similarity_map
-from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE, rank_axis
+from .style import BLACK, BLUE, DASHED, GREEN, GREY, ORANGE, PINK, STYLE, rank_axis
 
-DASHED, MARKERS = (0, (4, 2)), "osD^vPX"
+MARKERS = "osD^vPX"
 
 
 def shades(count: int) -> np.ndarray:

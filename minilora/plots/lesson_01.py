@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from .style import BLACK, BLUE, GREEN, ORANGE, STYLE
+from .style import BLACK, BLUE, GREEN, ORANGE, SLIDE
 
 CURVES = {"float32": (ORANGE, "s", "-", "central differences, float32"),
           "float64": (BLUE, "o", "-", "central differences, float64"),
@@ -17,7 +17,7 @@ CURVES = {"float32": (ORANGE, "s", "-", "central differences, float32"),
 
 def epsilon_valley(data: dict[str, Any]) -> Figure:
     """data: steps (n,), errors {"float32" | "float64" | "complex": (n,)} and library_eps, the step of gradcheck."""
-    with plt.rc_context(STYLE | {"font.size": 15, "axes.labelsize": 16, "axes.titlesize": 17, "legend.fontsize": 14}):
+    with plt.rc_context(SLIDE):
         figure, ax = plt.subplots(figsize=(10, 5.8), layout="constrained")
         for kind, (colour, marker, line, label) in CURVES.items():
             errors = np.maximum(data["errors"][kind], 1e-17)                   # an error of 0 has no place on a log axis

@@ -7,9 +7,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from .style import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE, rank_axis
+from .style import BLACK, BLUE, GREEN, GREY, ORANGE, SLIDE, rank_axis
 
-PROJECTOR: Any = {"font.size": 15, "axes.labelsize": 16, "axes.titlesize": 17, "legend.fontsize": 14}
 LINES = {"uniform": (BLACK, "all bytes alike"), "unigram": (GREEN, "how often each byte occurs"),
          "bigram": (ORANGE, "which byte follows which")}
 
@@ -17,7 +16,7 @@ LINES = {"uniform": (BLACK, "all bytes alike"), "unigram": (GREEN, "how often ea
 def learning_curve(data: dict[str, Any]) -> Figure:
     """data: loss, of every update; eval, [(updates, held-out loss)]; lines, {"uniform" | "unigram" | "bigram": nats a byte};
     crossed, {line: updates} for those lines that the held-out loss went below; samples, {updates: [text, …]}, at most three."""
-    with plt.rc_context(STYLE | PROJECTOR):
+    with plt.rc_context(SLIDE):
         figure, (ax, beside) = plt.subplots(1, 2, figsize=(12.5, 5.8), layout="constrained", width_ratios=(8, 6))
         ax.plot(range(len(data["loss"])), data["loss"], color=GREY, linewidth=1, alpha=0.6, label="training, each update")
         ax.plot(*zip(*data["eval"]), "o-", color=BLUE, markersize=5, label="held out")
@@ -46,7 +45,7 @@ def learning_curve(data: dict[str, Any]) -> Figure:
 
 def loss_by_position(data: dict[str, Any]) -> Figure:
     """data: loss (T,), held out, of the byte after 1, 2 … T bytes; lines, with "unigram" and "bigram", nats a byte."""
-    with plt.rc_context(STYLE | PROJECTOR):
+    with plt.rc_context(SLIDE):
         figure, ax = plt.subplots(figsize=(10, 5.4), layout="constrained")
         seen = range(1, len(data["loss"]) + 1)
         ax.plot(seen, data["loss"], "o-", color=BLUE, label="the model")

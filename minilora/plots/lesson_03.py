@@ -10,11 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
+from .style import BLACK, BLUE, DASHED, GREEN, GREY, ORANGE, PINK, SLIDE
 from .tasks import smoothed
-
-SLIDE: Any = STYLE | {"font.size": 15, "axes.titlesize": 16, "axes.labelsize": 15, "legend.fontsize": 14}
-DASHED = (0, (4, 2))
 
 
 def lora_to_scale(layers: Sequence[dict[str, Any]]) -> Figure:

@@ -8,9 +8,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from .lesson_03 import DASHED, SLIDE
 from .studies import planted_linear, planted_transformer, text_ranks
-from .style import BLACK, BLUE, GREEN, ORANGE
+from .style import BLACK, BLUE, DASHED, GREEN, ORANGE, SLIDE
 
 
 def known_ranks(linear: dict[str, Any], transformer: dict[str, Any]) -> Figure:

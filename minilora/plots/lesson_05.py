@@ -10,10 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .analysis import MARKS, ON_WHITE, intruder_curves, similarity_map
-from .style import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE, rank_axis
-
-LARGE: Any = STYLE | {"font.size": 14, "axes.labelsize": 14, "axes.titlesize": 15, "legend.fontsize": 12}
-DASHED = (0, (4, 2))
+from .style import BLACK, BLUE, DASHED, GREEN, GREY, ORANGE, SLIDE, rank_axis
 
 
 def shared_directions(data: Mapping[str, Mapping[str, dict[str, Any]]],
@@ -23,7 +20,7 @@ def shared_directions(data: Mapping[str, Mapping[str, dict[str, Any]]],
     labels: pair -> what its two updates are called on the axes. Hatched cells are within chance (95 %).
     """
     pairs = list(next(iter(data.values())))
-    with plt.rc_context(LARGE):
+    with plt.rc_context(SLIDE):
         figure, axes = plt.subplots(len(data), len(pairs) + 1, figsize=(5.3 * (len(pairs) + 1), 4.5 * len(data)),
                                     layout="constrained", squeeze=False)
         for row, (module, grids) in zip(axes, data.items()):
@@ -49,7 +46,7 @@ def beside_full(data: dict[str, Any]) -> Figure:
     with "modules" as `intruder_curves` takes it; "cut", {"ranks", "full": name -> losses of its ΔW cut to each rank,
     "lora": rank -> loss}.
     """
-    with plt.rc_context(LARGE):
+    with plt.rc_context(SLIDE):
         figure, axes = plt.subplots(1, 3, figsize=(18, 5.6), layout="constrained")
         for (name, values), (colour, marker, dash) in zip(data["spectra"].items(), MARKS):
             S = np.asarray(values) / max(values)
@@ -84,7 +81,7 @@ def learned_and_forgotten(data: dict[str, Any]) -> Figure:
     """Loss on the new text against loss on the old one. data: "base" (new, old); "lines" and "points", name -> list of
     (new, old) or one of them; "factors", what is written at the points of the lines.
     """
-    with plt.rc_context(LARGE):
+    with plt.rc_context(SLIDE):
         figure, ax = plt.subplots(figsize=(10.5, 6.2), layout="constrained")
         for (name, places), colour, marker, dash, shift in zip(data["lines"].items(), (BLUE, ORANGE), "os", ("-", DASHED),
                                                                ((-34, -6), (2, -22))):

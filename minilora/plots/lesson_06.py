@@ -10,14 +10,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .analysis import MARKS
-from .style import BLACK, BLUE, GREY, ORANGE, STYLE
-
-LARGE: Any = STYLE | {"font.size": 14, "axes.labelsize": 14, "axes.titlesize": 15, "legend.fontsize": 13}
+from .style import BLACK, BLUE, GREY, ORANGE, SLIDE
 
 
 def composed(rows: Mapping[str, Sequence[float]], tasks: Sequence[str], base: Sequence[float]) -> Figure:
     """Name of a combination -> its losses on two tasks, as pairs of bars, with the frozen base's losses as lines."""
-    with plt.rc_context(LARGE):
+    with plt.rc_context(SLIDE):
         figure, ax = plt.subplots(figsize=(14, 5.8), layout="constrained")
         for i, (task, colour, hatch, dash) in enumerate(zip(tasks, (BLUE, ORANGE), ("", "//"), ("-", (0, (4, 2))))):
             values = [losses[i] for losses in rows.values()]
@@ -39,7 +37,7 @@ def half_precision(data: dict[str, Any]) -> Figure:
     """What survives of a merge. data: "relative", the sizes ‖ΔW‖/‖W‖; "share", format -> share of ΔW that survives at each;
     "parts", in how many equal parts one update was merged; "losses", format -> loss after it; "base" and "adapter", losses.
     """
-    with plt.rc_context(LARGE):
+    with plt.rc_context(SLIDE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(15, 5.6), layout="constrained")
         styles = {name: {"color": colour, "marker": marker, "linestyle": dash, "label": name}
                   for name, (colour, marker, dash) in zip(data["share"], MARKS)}

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
+from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SLIDE
 
 KINDS = {"product B A": (BLUE, "o"), "another change of W": (ORANGE, "s"), "biases only": (PINK, "D"),
          "a network beside": (GREEN, "^")}                 # what a method changes -> how its point looks
@@ -55,7 +55,7 @@ def family_points(ax: Axes, data: dict[str, Any]) -> Axes:
 
 def family(data: dict[str, Any]) -> Figure:
     """`family_points` as a figure of a slide's shape."""
-    with plt.rc_context(STYLE | {"font.size": 14, "axes.labelsize": 15, "legend.fontsize": 13}):
+    with plt.rc_context(SLIDE):
         figure, ax = plt.subplots(figsize=(11, 6.2), layout="constrained")
         family_points(ax, data)
         ax.set_title(f"One budget, one protocol: {data['steps']} steps, one seed", fontsize=16, loc="left")

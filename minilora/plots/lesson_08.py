@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from .style import BLUE, GREEN, GREY, ORANGE, STYLE
+from .style import BLUE, GREEN, GREY, ORANGE, SLIDE
 
 NAMES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output", "up_proj": "up", "down_proj": "down"}
 
@@ -19,7 +19,7 @@ def spectra(data: dict[str, Any]) -> Figure:
 
     data: {"spectra": {what: singular values}, for W, noise and ΔW in this order; "rows": [{"module", "lost", "noise"}]}.
     """
-    with plt.rc_context(STYLE | {"font.size": 14}):
+    with plt.rc_context(SLIDE):
         figure, axes = plt.subplots(1, 2, figsize=(13.5, 5), layout="constrained", width_ratios=[1.2, 1])
         marks = ((BLUE, "-", "o"), (GREY, (0, (4, 2)), ""), (ORANGE, "-", "s"))
         for (name, values), (colour, dash, marker) in zip(data["spectra"].items(), marks):

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .style import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
+from .style import BLACK, BLUE, GREEN, GREY, ORANGE, SLIDE
 
 PARTS = {"weights": (GREY, ""), "gradients": (BLUE, "//"), "optimizer": (ORANGE, "\\\\"), "activations": (GREEN, "")}
 
@@ -64,8 +64,7 @@ def memory_bars(ax: Axes, data: dict[str, Any]) -> Axes:
 
 def cost(data: dict[str, Any]) -> Figure:
     """What LoRA saves: time of a layer on the left, memory of a model on the right. data: "times", "memory", "model"."""
-    with plt.rc_context(STYLE | {"font.size": 13, "axes.labelsize": 14, "legend.fontsize": 12, "hatch.color": "white",
-                                 "hatch.linewidth": 0.8}):
+    with plt.rc_context(SLIDE | {"hatch.color": "white", "hatch.linewidth": 0.8}):
         figure, axes = plt.subplots(1, 2, figsize=(13.5, 5.6), layout="constrained")
         time_bars(axes[0], data)
         memory_bars(axes[1], data)

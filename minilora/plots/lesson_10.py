@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from .style import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
+from .style import BLACK, BLUE, GREEN, GREY, ORANGE, SLIDE
 
 MARKS = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."))
 
@@ -22,7 +22,7 @@ def ticks(data: dict[str, Any]) -> Figure:
     rows = data["rows"]
     tests = list(rows[0]["ticks"])
     grid = np.array([[row["ticks"][test] for test in tests] for row in rows], dtype=float)            # (rows, tests)
-    with plt.rc_context(STYLE | {"font.size": 14}):
+    with plt.rc_context(SLIDE):
         figure, ax = plt.subplots(figsize=(13.5, 0.68 * len(rows) + 1.7), layout="constrained")
         ax.imshow(grid, cmap=ListedColormap(["#f2c9b0", "#1f6fa8"]), vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         for y, row in enumerate(rows):
@@ -63,7 +63,7 @@ def shares(data: dict[str, Any]) -> Figure:
     data: {"models": names, "shares": {choice: shares}, "claimed": shares}.
     """
     x = np.arange(len(data["models"]))
-    with plt.rc_context(STYLE | {"font.size": 14}):
+    with plt.rc_context(SLIDE):
         figure, ax = plt.subplots(figsize=(9, 4.6), layout="constrained")
         ax.plot(x, 100 * np.array(data["claimed"]), color=GREY, linestyle=(0, (2, 2)), marker="x",
                 label="as claimed: always 0.14 %")

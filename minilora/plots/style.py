@@ -19,6 +19,7 @@ from PIL import Image
 from ..backend.files import whole_files
 
 BLUE, ORANGE, GREEN, PINK, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777", "#222222"
+DASHED = (0, (4, 2))                                       # what "--" is, but visible at these widths
 
 STYLE: Any = {
     "font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11, "axes.spines.top": False,
@@ -26,6 +27,7 @@ STYLE: Any = {
     "lines.markersize": 7, "legend.frameon": False, "figure.dpi": 110, "savefig.dpi": 160, "axes.axisbelow": True,
     "svg.hashsalt": "minilora", "font.family": "DejaVu Sans",
 }
+SLIDE: Any = STYLE | {"font.size": 14, "axes.titlesize": 15, "axes.labelsize": 15, "legend.fontsize": 13}    # read in a hall
 
 
 def save(figure: Figure, path: Path) -> None:
