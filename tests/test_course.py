@@ -273,7 +273,8 @@ def test_grading_the_solutions_and_the_stubs(folder, monkeypatch):
     ([RIGHT], "wrong", "it raised NameError"), (["twice = 2.0", RIGHT], "right", ""),                   # found by its name
     (["twice = 2.0", ("tiny_double", RIGHT), "def tiny_double(x): ..."], "right", ""),                   # a copy that is empty
     (["twice = 2.0", ("tiny_double", "def tiny_double(x):\n    ..."), RIGHT], "right", ""),              # answered in a copy
-    (["twice = 2.0", ("tiny_double", RIGHT), ("tiny_double", RIGHT)], "right", ""),
+    (["twice = 2.0", ("tiny_double", "def tiny_double(x):\n    return x"), RIGHT], "right", ""),          # the last one counts
+    (["twice = 2.0", ("tiny_double", RIGHT), "def tiny_double(x):\n    return x"], "wrong", "that is x"),
     (["def helper(x):\n    return x + x", ("tiny_double", "def tiny_double(x):\n    return helper(x)")], "right", ""),   # split
     (["def broken(:", "1 / 0", "while True: pass", "%matplotlib inline", ("tiny_double", "def tiny_double(x): return x + x")],
      "right", ""),
