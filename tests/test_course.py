@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import os
 import re
 import sys
 import types
@@ -29,7 +30,7 @@ needs_kernel = pytest.mark.skipif(not all(importlib.util.find_spec(name) for nam
 
 @pytest.fixture(autouse=True)
 def processes_find_the_tests(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(Path(__file__).parent), str(ROOT))))
     for name in ("MINILORA_CHECK", "NBGRADER_EXECUTION"):
         monkeypatch.delenv(name, raising=False)
 
@@ -258,8 +259,8 @@ def student(folder: Path, *cells: str | tuple[str, str], name: str = "student.ip
     return folder / name
 
 
-def marks(*files: Path, **options) -> list[tuple[str, str]]:
-    return [(row.verdict, row.hint) for row in grade(files, tiny_lessons.exercises, **options).rows]
+def marks(*files: Path, seconds: float = 300.0) -> list[tuple[str, str]]:
+    return [(row.verdict, row.hint) for row in grade(files, tiny_lessons.exercises, seconds=seconds).rows]
 
 
 def test_grading_the_solutions_and_the_stubs(folder, monkeypatch):
@@ -273,7 +274,8 @@ def test_grading_the_solutions_and_the_stubs(folder, monkeypatch):
     ([RIGHT], "wrong", "it raised NameError"), (["twice = 2.0", RIGHT], "right", ""),                   # found by its name
     (["twice = 2.0", ("tiny_double", RIGHT), "def tiny_double(x): ..."], "right", ""),                   # a copy that is empty
     (["twice = 2.0", ("tiny_double", "def tiny_double(x):\n    ..."), RIGHT], "right", ""),              # answered in a copy
-    (["twice = 2.0", ("tiny_double", RIGHT), ("tiny_double", RIGHT)], "right", ""),
+    (["twice = 2.0", ("tiny_double", "def tiny_double(x):\n    return x"), RIGHT], "right", ""),          # the last one counts
+    (["twice = 2.0", ("tiny_double", RIGHT), "def tiny_double(x):\n    return x"], "wrong", "that is x"),
     (["def helper(x):\n    return x + x", ("tiny_double", "def tiny_double(x):\n    return helper(x)")], "right", ""),   # split
     (["def broken(:", "1 / 0", "while True: pass", "%matplotlib inline", ("tiny_double", "def tiny_double(x): return x + x")],
      "right", ""),
@@ -293,8 +295,8 @@ def test_grading_survives(folder, cells, verdict, hint):
 
 
 def test_an_endless_loop_is_ended(folder):
-    path = student(folder, ("tiny_double", "def tiny_double(x):\n    while True: pass"), ("tiny_count", "count = 42"))
-    assert marks(path, seconds=6) == [("wrong", "not done after 6 s: an endless loop?"), ("right", "")]
+    path = student(folder, ("tiny_double", "def tiny_double(x):\n    while True: pass"))
+    assert marks(path, seconds=6)[0] == ("wrong", "not done after 6 s: an endless loop?")
 
 
 def test_plain_files_are_graded(folder):
@@ -327,7 +329,7 @@ def test_table_and_csv(folder):
     square = ("tiny_double", "def tiny_double(x): return x * x")
     files = [student(folder, square, name=f"=student{i}.ipynb") for i in range(2)]
     files.append(student(folder, ("tiny_double", "def tiny_double(x): return x"), name="c.ipynb"))
-    report = grade(files, tiny_lessons.exercises)
+    report = grade(files, tiny_lessons.exercises, seconds=300.0)
     assert report.commonest() == {"tiny_double": (2, "a square is not a double")}
     assert "tiny_double: 0 of 3 right, 0 open; 2 times: a square is not a double" in report.table()
     report.write_csv(folder / "marks.csv")

@@ -70,6 +70,13 @@ def test_a_recipe_that_writes_into_the_base_is_seen():
     report = check.is_lora(merges, *found["LoRA"][1:3], r=1, gradient=found["LoRA"][3], steps=20)
     assert not report.ticks["base kept"] and "W changed" in report.texts["base kept"]
 
+    def counts(p, f):
+        f["calls"] += 1
+        return f["W"] + 2 * p["B"] @ p["A"]
+    _, params, frozen, gradient, _ = found["LoRA"]
+    report = check.is_lora(counts, params, {**frozen, "calls": np.zeros(1)}, r=1, gradient=gradient, steps=20)
+    assert not report.ticks["base kept"] and report.texts["base kept"] == "frozen calls changed"
+
 
 def test_a_recipe_that_explodes_is_a_finding():
     W = np.ones((6, 5))
