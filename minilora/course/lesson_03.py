@@ -73,7 +73,7 @@ LORA_FORWARD = Exercise(
                 lambda x, W, A, B, s: x @ W.T + s / len(A) * x @ A.T @ B.T),
         Mistake("this is s = 1/r: use the s that is passed", lambda x, W, A, B, s: x @ W.T + x @ A.T @ B.T / len(A)),
         Mistake("the branch is subtracted", lambda x, W, A, B, s: x @ W.T - s * x @ A.T @ B.T),
-        Mistake("the frozen layer is missing: W x is still computed", lambda x, W, A, B, s: s * x @ A.T @ B.T),
+        Mistake("the frozen layer is missing: x Wᵀ is still computed", lambda x, W, A, B, s: s * x @ A.T @ B.T),
         Mistake("the branch is missing: this is the frozen layer alone", lambda x, W, A, B, s: x @ W.T),
         Mistake("W is a weight, the branch is added to its output and does not multiply it",
                 lambda x, W, A, B, s: (x @ W.T) * (s * x @ A.T @ B.T)),
@@ -178,7 +178,7 @@ LORA_GRAD = Exercise(
     cases=_branches, expected=lambda x, dy, A, B, s: _by_differences(x, dy, A, B, s), outputs=("dA", "dB"),
     scalars=lambda case: {"s": case["s"], "n": float(len(case["x"])), "r": float(len(case["A"]))},
     hints=("Call u = x Aᵀ, of shape (n, r). Then the branch is y = s u Bᵀ: a linear layer on a linear layer.",
-           "From lesson 01: for y = u Bᵀ the gradients are dB = dyᵀ u and du = dy B. Where does s go?",
+           "The rule of section 2: for y = u Bᵀ the gradients are dB = dyᵀ u and du = dy B. Where does s go?",
            "u = x Aᵀ is the same rule once more: dA = duᵀ x. Check the shapes: (r, k) and (d, r)."),
     mistakes=(
         Mistake("both: a factor s is missing; y = s x Aᵀ Bᵀ, so s is in every derivative",

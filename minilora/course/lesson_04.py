@@ -39,6 +39,17 @@ def _each_cut(B: np.ndarray, A: np.ndarray, q: int) -> tuple[np.ndarray, np.ndar
     return _dense_cut(left, right, q)
 
 
+def _cut_of_B(B: np.ndarray, A: np.ndarray, q: int) -> tuple[np.ndarray, np.ndarray]:
+    U, S, Vh = _svd(B)
+    return U[:, :q] * S[:q], Vh[:q] @ A
+
+
+def _last_cut(B: np.ndarray, A: np.ndarray, q: int) -> tuple[np.ndarray, np.ndarray]:
+    U, S, Vh = _svd(B @ A)
+    last = slice(len(A) - q, len(A))
+    return U[:, last] * S[last], Vh[last]
+
+
 def _parts(split: Callable[..., Any]) -> Callable[..., Any]:
     """The mistakes that are made after a right SVD."""
     return lambda B, A, q: split(*_svd(B @ A), q)
@@ -55,14 +66,16 @@ CUTS = (
             lambda B, A, q: (B[:, :q], A[:q])),
     Mistake("the longest pairs b_i, a_i are not the singular directions: they are not orthogonal", _longest_pairs),
     Mistake("cutting B and A each for itself is not cutting their product", _each_cut),
+    Mistake("these are the singular directions of B alone; A changes which of them matter in BA", _cut_of_B),
+    Mistake("these are the singular directions of A alone; B changes which of them matter in BA",
+            lambda B, A, q: tuple(m.T for m in reversed(_cut_of_B(A.T, B.T, q)))),
     Mistake("the singular values are lost: give them to one factor, or their square root to both",
             _parts(lambda U, S, Vh, q: (U[:, :q], Vh[:q]))),
     Mistake("the singular values came in twice: give them to one factor, or their square root to both",
             _parts(lambda U, S, Vh, q: (U[:, :q] * S[:q], S[:q, None] * Vh[:q]))),
     Mistake("a square root of the singular values went to one factor and nothing to the other",
             _parts(lambda U, S, Vh, q: (U[:, :q] * np.sqrt(S[:q]), Vh[:q]))),
-    Mistake("singular values fall: keep the first q of them, not the last",
-            lambda B, A, q: _parts(lambda U, S, Vh, q: (U[:, -q:] * S[-q:], Vh[-q:]))(B, A, q) if q < len(A) else (0 * B, A)),
+    Mistake("singular values fall: keep the first q of them, not the last", _last_cut),
     Mistake("the core is R_b R_aᵀ: one of the two R is transposed", _core),
     Mistake("nothing was cut: keep q directions only", lambda B, A, q: (B.copy(), A.copy())),
     Mistake("one direction too many was kept", lambda B, A, q: _dense_cut(B, A, q + 1)),
@@ -156,7 +169,7 @@ CUT_ERROR = Exercise(
         Mistake("one value too many is lost: the q-th, S[q-1], is kept",
                 lambda S, q: np.sqrt((S[max(q - 1, 0) :] ** 2).sum() / (S**2).sum())),
         Mistake("compare with the whole update, not with the part that is kept",
-                lambda S, q: np.sqrt((S[q:] ** 2).sum() / max((S[:q] ** 2).sum(), 1e-300))),
+                lambda S, q: np.sqrt((S[q:] ** 2).sum() / (S[:q] ** 2).sum())),
         Mistake("the share of values that are lost says nothing of their sizes", lambda S, q: (len(S) - q) / len(S)),
         Mistake("square first, then add", lambda S, q: S[q:].sum() / np.sqrt((S**2).sum())),
     ))
@@ -204,6 +217,7 @@ SOFT_RANKS = Exercise(
                 _soft(effective_rank, lambda S: np.sqrt((S**2).sum()) / S.max())),
         Mistake("stable: this is the participation ratio; the stable rank compares with the first value alone",
                 _soft(effective_rank, lambda S: (S**2).sum() ** 2 / (S**4).sum())),
+        Mistake("stable: square each value before you add", _soft(effective_rank, lambda S: S.sum() ** 2 / S.max() ** 2)),
         Mistake("return effective first, then stable", _soft(stable_rank, effective_rank)),
     ))
 
@@ -218,7 +232,8 @@ def _tables(rng: np.random.Generator) -> list[Case]:
         ({2: (1.30, 1.00), 4: (1.12, 1.20)}, 0.02), ({2: (1.00, 1.30), 4: (1.12, 1.20)}, 0.02),
         ({4: (3.1, 3.0), 8: (3.3, 3.4), 64: (3.2, 3.2)}, 0.01),
         ({1: (0.55, 0.53, 0.54), 2: (0.51, 0.55, 0.56), 8: (0.50, 0.52, 0.51)}, 0.02),
-        ({2: (1.040, 1.041), 4: (1.021, 1.020), 8: (1.000, 1.001)}, 0.03)]
+        ({2: (1.040, 1.041), 4: (1.021, 1.020), 8: (1.000, 1.001)}, 0.03),
+        ({1: (2.11, 2.09), 4: (2.01, 1.99), 16: (2.05, 2.07)}, 0.05)]
     cases = []
     for table, tolerance in tables:
         rows = [{"rank": r, "seed": i, "loss": loss} for r, losses in table.items() for i, loss in enumerate(losses)]
@@ -252,6 +267,16 @@ def _first_small_step(rows: list[dict[str, Any]], tolerance: float) -> int:
     return next(r for r, now, after in zip(ranks, means, means[1:]) if now - after <= tolerance)
 
 
+def _first_met(rows: list[dict[str, Any]], tolerance: float) -> int:
+    table = _by_rank(rows)
+    return next(row["rank"] for row in rows if table[row["rank"]] <= _within(table, tolerance))
+
+
+def _last_row_of_each(rows: list[dict[str, Any]], tolerance: float) -> int:
+    table = {row["rank"]: row["loss"] for row in rows}
+    return min(r for r, loss in table.items() if loss <= _within(table, tolerance))
+
+
 def _within(table: dict[int, float], tolerance: float) -> float:
     return min(table.values()) + tolerance
 
@@ -278,6 +303,11 @@ RANK_TO_SHIP = Exercise(
                 lambda rows, tolerance: min(row["rank"] for row in rows)),
         Mistake("the largest rank need not be the best, and a smaller one may do",
                 lambda rows, tolerance: max(row["rank"] for row in rows)),
+        Mistake("compare with the best mean, which need not be that of the largest rank",
+                _ship(np.mean, lambda table, tolerance: table[max(table)] + tolerance)),
+        Mistake("the rows come in any order: look at the ranks from small to large", _first_met),
+        Mistake("one row of each rank was used: a rank has one row for each seed", _last_row_of_each),
+        Mistake("this is a loss; the answer is a rank", lambda rows, tolerance: min(_by_rank(rows).values())),
         Mistake("the tolerance is subtracted: nothing but the best is left", _far_below),
         Mistake("compare each rank with the best of all, not with the next one", _first_small_step),
     ))

@@ -115,6 +115,8 @@ def two_tasks(seed: int, width: int = 64, rank: int = 8, steps: int = 300, lr: f
 
     The old inputs fill the first half of the features, the new ones the second. Full fine-tuning's gradient ȳᵀx is zero in the
     columns of the old inputs, so it changes none of the old answers. LoRA's A starts random there, and B turns that into ΔW.
+    "blind" is LoRA whose A starts at zero there: it changes none of them either. METHOD_left is the part of the new task not
+    learned.
     """
     rng, half = np.random.default_rng(seed), width // 2
     old, new = np.zeros((256, width)), np.zeros((256, width))
@@ -122,8 +124,10 @@ def two_tasks(seed: int, width: int = 64, rank: int = 8, steps: int = 300, lr: f
     goal = rng.standard_normal((width, rank)) @ rng.standard_normal((rank, width)) / width
     W = rng.uniform(-1.0, 1.0, (width, width)) / width**0.5
     target, result = tensor(new @ (W + goal).T), {}
-    for method in ("lora", "full"):
-        A, B = tensor(rng.uniform(-1.0, 1.0, (rank, width)) / width**0.5, True), tensor(np.zeros((width, rank)), True)
+    start = rng.uniform(-1.0, 1.0, (rank, width)) / width**0.5
+    for method in ("lora", "full", "blind"):
+        seen = start * (np.arange(width) >= half) if method == "blind" else start.copy()
+        A, B = tensor(seen, True), tensor(np.zeros((width, rank)), True)
         weight = tensor(W, method == "full")
 
         def answer(x: Any, weight: Tensor = weight, A: Tensor = A, B: Tensor = B) -> Tensor:

@@ -14,7 +14,7 @@
 # - what the scale α/r does, and why it is not a learning rate
 # - that a frozen weight is not a frozen function: LoRA forgets too, sometimes more than full fine-tuning
 #
-# **You need** lesson 01 (gradients of a product) and lesson 02 (the model). Matrix products with NumPy's `@`.
+# **You need** lesson 01 (cotangents: ȳ = ∂L/∂y) and lesson 02 (the model). Matrix products with NumPy's `@`.
 #
 # Before each experiment there is a *guess*: replace `None` by your number, then run the next cell.
 
@@ -45,11 +45,13 @@ from minilora.course import lab
 from minilora.data import load_corpus, planted_update
 from minilora.lora import LoRA, adapters_of
 from minilora.plots import lesson_03 as figures
+from minilora.studies.spectrum import two_tasks
 
 # %% [markdown]
 # ## 1. One equation, two colours
 #
-# A linear layer computes `y = x Wᵀ`, with a weight W of shape (d, k). LoRA keeps W and adds a product of two thin matrices:
+# A linear layer computes `y = x Wᵀ`. Each row of x is one example with k inputs, each row of y has its d outputs, so the
+# weight W has the shape (d, k). LoRA keeps W and adds a product of two thin matrices:
 #
 # $$W' = W + s \cdot B A, \qquad s = \alpha / r$$
 #
@@ -62,10 +64,10 @@ from minilora.plots import lesson_03 as figures
 #
 # r is the *rank*. B A has the shape of W, but never more than rank r. Nothing is decomposed: W stays as it is, and B A is new.
 #
-# This is the whole of it in the library. The method `adapted_weight` is the equation.
+# In the library this equation is one method. (`base_scale` is s.)
 
 # %%
-print(inspect.getsource(LoRA))
+print(inspect.getsource(LoRA.adapted_weight))
 
 # %% [markdown]
 # How thin is thin? Here are the three matrices, to scale: a layer of our small model, and a layer of a model with seven
@@ -165,7 +167,7 @@ check.first_wasteful_rank(first_wasteful_rank)
 # That layer is 768 → 2, a matrix of rank 2 at most. minilora refuses.
 
 # %% exact=true
-head, lora = 2 * 768 + 2, 16 * (2 + 768)
+head, lora = 2 * 768 + 2, 16 * (2 + 768)                           # W and its bias; A and B
 print(f"the classifier itself has {head:,} numbers, LoRA of rank 16 on it {lora:,}: {lora / head:.0f} times as many")
 classifier = ml.Transformer(ml.TransformerConfig.gpt2(vocab_size=16, d_model=768, n_layers=1, n_heads=4, max_len=4, n_labels=2))
 try:
@@ -179,7 +181,12 @@ assert lora == 12_320 and head == 1_538
 #
 # ## 2. The first updates: who moves?
 #
-# With G = ∂loss/∂W', the gradient that full fine-tuning would use, the chain rule gives
+# First the rule for a linear layer, y = x Wᵀ. One output is y[n, i] = Σⱼ x[n, j] W[i, j]. So W[i, j] meets the input x[n, j] of
+# every example n, and the examples add up: ∂L/∂W[i, j] = Σₙ ȳ[n, i] x[n, j]. As matrices, with x̄ by the same argument:
+#
+# $$\bar W = \bar y^\top x, \qquad \bar x = \bar y\, W .$$
+#
+# Now LoRA. Let G = ȳᵀx be the gradient of W', which full fine-tuning would use. W' contains s·B A, and the chain rule gives
 #
 # $$\frac{\partial L}{\partial B} = s\, G A^\top, \qquad \frac{\partial L}{\partial A} = s\, B^\top G .$$
 #
@@ -222,14 +229,14 @@ lab.show(figures.first_steps(norms))
 # %% [markdown]
 # **The first update moves B alone.** From the second on B is not zero, so A gets a gradient and moves too.
 #
-# Why this start and not another? Four starts, one layer, float64. A good start must do two things: change nothing, and be able
-# to learn.
+# Why this start and not another? We try four starts on one layer, in float64. Its task: learn a hidden update of rank 4.
+# A good start must do two things: change nothing (‖ΔW‖ = 0), and be able to learn (some gradient is not zero).
 
 # %%
 rng = np.random.default_rng(0)
 n, d, k, r, s = 256, 64, 48, 4, 2.0
 x, W = rng.standard_normal((n, k)), rng.standard_normal((d, k)) / k**0.5
-y = x @ (W + planted_update(d, k, [1.0] * 4, rng)).T
+y = x @ (W + planted_update(d, k, [1.0] * 4, rng)).T                   # the hidden update: four singular values of 1
 small = {"A": rng.uniform(-1, 1, (r, k)) / k**0.5, "B": rng.uniform(-1, 1, (d, r)) / r**0.5}
 starts = {"A random, B zero (LoRA)": (1, 0), "A zero, B random": (0, 1), "both random": (1, 1), "both zero": (0, 0)}
 found = {}
@@ -241,11 +248,12 @@ for name, (a, b) in starts.items():
     found[name] = [float(np.linalg.norm(m)) for m in (s * B.data @ A.data / np.linalg.norm(W), A.grad, B.grad)]
     print(f"{name:26s} {found[name][0]:11.3f} {found[name][1]:11.3f} {found[name][2]:11.3f}")
 assert found["both zero"] == [0.0, 0.0, 0.0] and found["both random"][0] > 0.1
-assert found["A random, B zero (LoRA)"][:2] == [0.0, 0.0] < found["A random, B zero (LoRA)"][2:]
+assert found["A random, B zero (LoRA)"][:2] == [0.0, 0.0] and found["A random, B zero (LoRA)"][2] > 0
+assert found["A zero, B random"][::2] == [0.0, 0.0] and found["A zero, B random"][1] > 0
 
 # %% [markdown]
 # **Exactly one factor is zero.** Both random: the model is damaged before it starts. Both zero: both gradients are zero, for
-# ever.
+# ever. Either factor may be the zero one; LoRA takes B.
 #
 # ### Exercise 03.4 · ●●○ · 12 min
 #
@@ -254,7 +262,7 @@ assert found["A random, B zero (LoRA)"][:2] == [0.0, 0.0] < found["A random, B z
 #
 # <details><summary>Hint 1</summary>Call u = x Aᵀ, of shape (n, r). Then the branch is y = s u Bᵀ: a linear layer on a linear
 # layer.</details>
-# <details><summary>Hint 2</summary>From lesson 01: for y = u Bᵀ the gradients are dB = dyᵀ u and du = dy B. Where does s
+# <details><summary>Hint 2</summary>The rule of section 2: for y = u Bᵀ the gradients are dB = dyᵀ u and du = dy B. Where does s
 # go?</details>
 # <details><summary>Hint 3</summary>u = x Aᵀ is the same rule once more: dA = duᵀ x. Check the shapes: (r, k) and
 # (d, r).</details>
@@ -274,8 +282,9 @@ check.lora_grad(lora_grad)
 # %% [markdown]
 # ## 3. The scale: is α a learning rate?
 #
-# s = α/r multiplies the product B A. Twice the α, twice the step? **Guess** two numbers: we double α and make one update.
-# How many times larger is ΔW = s B A afterwards, under plain gradient descent (SGD) and under Adam?
+# s = α/r multiplies the product B A. Twice the α, twice the step? We double α and make one update, with two optimisers.
+# SGD subtracts lr times the gradient. Adam first divides each number of the gradient by its own usual size.
+# **Guess** two numbers: how many times larger is ΔW = s B A afterwards, under SGD and under Adam?
 
 # %%
 check.guess("03.sgd", None)
@@ -283,7 +292,7 @@ check.guess("03.adam", None)
 
 # %%
 optimizers = {"sgd": lambda params: ml.training.SGD(params, lr=0.01),
-              "adam": lambda params: ml.training.AdamW(params, lr=0.01, weight_decay=0.0)}
+              "adam": lambda params: ml.training.AdamW(params, lr=0.01, weight_decay=0.0)}     # without decay it is Adam
 growth = {}
 for name, optimizer in optimizers.items():
     sizes = []
@@ -299,7 +308,7 @@ check.compare("03.adam", growth["adam"])
 assert abs(growth["sgd"] - 4) < 1e-9 and abs(growth["adam"] - 2) < 1e-4
 
 # %% [markdown]
-# **It depends on the optimiser, so α is not a learning rate.** And s still multiplies B A when the trained model is used; a
+# **It depends on the optimiser, so α is not a learning rate.** And s still multiplies B A when the trained model is used. A
 # learning rate is gone after training. In practice: choose α once, keep it, and search the learning rate.
 #
 # ### Exercise 03.5 · ●●○ · 8 min
@@ -324,24 +333,28 @@ check.update_growth(update_growth)
 # %% [markdown]
 # ## 4. Fine-tune: what changed, and what must be saved?
 #
-# The base has read English prose. Now it learns Python source: LoRA with r = 1 and r = 8, and full fine-tuning at a good
-# learning rate and at a third of it, all on the same batches. **Guess:** full fine-tuning lowers the loss on Python by some
-# amount. How much of that does LoRA with r = 8 reach, in percent?
+# The base has read English prose. Now it learns Python source. Four runs read the same batches: LoRA with r = 1 and r = 8, full
+# fine-tuning at the rate 0.003, and full fine-tuning at a third of that.
+#
+# **Guess:** full fine-tuning (0.003) lowers the loss on Python by some amount. How much of that does LoRA with r = 8 reach, in
+# percent?
 
 # %%
 check.guess("03.reach", None)
 
-# %%
+
 def digest(model):
-    """SHA-256 of all bytes of the base weights, adapters left out."""
+    """A fingerprint of all bytes of the base weights, adapters left out."""
     arrays = [ml.to_host(p) for path, p in model.named_parameters() if "lora_" not in path]
     return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()[:16]
 
 
 def losses(model):
+    """On held-out Python, and on held-out prose."""
     return {"loss": ml.training.mean_loss(model, lab.valid()), "source_loss": ml.training.mean_loss(model, lab.valid("prose"))}
 
 
+# %%
 base = losses(lab.base())
 models, runs, trained = {}, {}, {}
 for name, r, lr in (("LoRA r = 1", 1, 1e-2), ("LoRA r = 8", 8, 1e-2), ("full", 0, 3e-3), ("full, rate/3", 0, 1e-3)):
@@ -353,23 +366,29 @@ for name, r, lr in (("LoRA r = 1", 1, 1e-2), ("LoRA r = 8", 8, 1e-2), ("full", 0
     history = ml.train(model, lab.batches(python), lab.SETTING.schedule(lr))
     runs[name], trained[name] = losses(model) | {"curve": history.loss}, ml.count_parameters(model)["trainable"]
 
+learned = {name: base["loss"] - run["loss"] for name, run in runs.items()}
+forgotten = {name: run["source_loss"] - base["source_loss"] for name, run in runs.items()}
+price = {name: forgotten[name] / learned[name] for name in runs}
+
 print(f"{'':12s} trained numbers   Python    prose   base weights       forgotten / learned")
 print(f"{'base':12s} {0:15,d} {base['loss']:8.3f} {base['source_loss']:8.3f}   {digest(lab.base())}")
 for name, run in runs.items():
-    price = f"{(run['source_loss'] - base['source_loss']) / (base['loss'] - run['loss']):12.2f}"
-    print(f"{name:12s} {trained[name]:15,d} {run['loss']:8.3f} {run['source_loss']:8.3f}   {digest(models[name])}", price)
-check.compare("03.reach", 100 * (base["loss"] - runs["LoRA r = 8"]["loss"]) / (base["loss"] - runs["full"]["loss"]))
+    print(f"{name:12s} {trained[name]:15,d} {run['loss']:8.3f} {run['source_loss']:8.3f}   {digest(models[name])} "
+          f"{price[name]:12.2f}")
+check.compare("03.reach", 100 * learned["LoRA r = 8"] / learned["full"])
 assert digest(models["LoRA r = 1"]) == digest(models["LoRA r = 8"]) == digest(lab.base()) != digest(models["full"])
 if lab.FULL:
     assert runs["full"]["loss"] < runs["LoRA r = 8"]["loss"] < runs["LoRA r = 1"]["loss"] < base["loss"] - 0.1
-    assert all(run["source_loss"] > base["source_loss"] + 0.05 for run in runs.values())              # all of them forget
-    assert runs["full, rate/3"]["source_loss"] < runs["full"]["source_loss"] - 0.03
-    assert runs["full, rate/3"]["loss"] < runs["LoRA r = 8"]["loss"]
+    assert min(forgotten.values()) > 0.05 and learned["LoRA r = 8"] > learned["full"] / 2              # all of them forget
+    assert max(forgotten, key=forgotten.get) == "full" and learned["full, rate/3"] > learned["LoRA r = 8"]
+    assert abs(forgotten["full, rate/3"] - forgotten["LoRA r = 8"]) < 0.05 < forgotten["full"] - forgotten["LoRA r = 1"]
+    assert min(forgotten, key=forgotten.get) == max(price, key=price.get) == "LoRA r = 1"
 lab.show(figures.learned_and_forgotten({"base": base, "runs": runs}))
 
 # %% [markdown]
-# **Not one byte of W changed, and the model has learned.** With a seventh of the numbers LoRA learned most of what full
-# fine-tuning did; with r = 1, one fifty-ninth of the numbers, a good part of it.
+# **Not one byte of W changed under LoRA, and the model has learned.** (The column *base weights* is a fingerprint of all
+# their bytes.) With a seventh of the numbers LoRA with r = 8 learned most of what full fine-tuning did. With r = 1, one
+# fifty-ninth of the numbers, it learned a good part.
 #
 # So what must be saved? Only what the base does not have. A widely copied listing ends on
 # `torch.save(model.state_dict(), 'lora_model.pth')`: that writes the whole model.
@@ -405,60 +424,38 @@ assert 4 * 16_384 < files["adapter_model.safetensors"] < 4 * 16_384 + 4_000
 # The figure above says otherwise: on prose all runs got worse. A frozen *weight* is not a frozen *function*:
 # W' = W + s B A is another function.
 #
-# "LoRA Learns Less and Forgets Less" is the title of a paper on large models (arXiv:2405.09673). In the figure this is so if
-# you compare LoRA with full fine-tuning at the rate at which it learns best. At a third of that rate full fine-tuning forgets
-# as little as LoRA with r = 8, and has learned more. The last column of the table says what one learned nat has cost. So
-# compare forgetting at equal learning, and say at which rates.
+# "LoRA Learns Less and Forgets Less" is the title of a paper on large models (arXiv:2405.09673). In the figure this is so
+# against full fine-tuning at the rate 0.003. At a third of that rate full fine-tuning forgets about as much as LoRA with r = 8,
+# and has learned more. The last column of the table is the price: nats forgotten for one nat learned. It is highest for r = 1,
+# which forgot least because it learned least. So compare forgetting at equal learning, and say at which rates.
 #
-# Is "forgets less" a law? Here is a task where LoRA forgets **more**. The old inputs use the first half of the features, the
-# new ones the second half: they have no direction in common.
+# Is "forgets less" a law? Here is a task where LoRA forgets **more**. One linear layer knows an old task. Its old inputs use
+# the first half of the features, the new ones the second half: they have nothing in common. It learns the new task, fully or
+# with LoRA of rank 8. **Guess:** by how many per cent do its answers to the *old* inputs change?
 
 # %%
-rng = np.random.default_rng(0)
-d, k, r, n = 64, 64, 8, 256
-W = rng.standard_normal((d, k)) / k**0.5
-old, new = rng.standard_normal((2, n, k))
-old[:, k // 2 :], new[:, : k // 2] = 0.0, 0.0
-y = new @ (W + planted_update(d, k, [2.0] * 4, rng)).T
+check.guess("03.old_full", None)
+check.guess("03.old_lora", None)
 
-
-def change_of_old_answers(params, forward, weight):
-    """Train on the new inputs; by how much do the answers to the old inputs change, relative to their size?"""
-    optimizer = ml.training.AdamW(params, lr=5e-3, weight_decay=0.0)
-    for _ in range(300):
-        optimizer.zero_grad()
-        error = forward(ml.tensor(new)) - y
-        ((error * error).sum() * (1 / n)).backward()
-        optimizer.step()
-    print(f"  loss on the new task {(error.data**2).sum() / (y**2).sum():.4f}", end=",  ")
-    return float(np.linalg.norm(old @ (weight() - W).T) / np.linalg.norm(old @ W.T))
-
-
-def lora_from(start):
-    """The same with LoRA, A starting at `start`."""
-    A, B = ml.tensor(start.copy(), requires_grad=True), ml.tensor(np.zeros((d, r)), requires_grad=True)
-    return change_of_old_answers([A, B], lambda x: ml.lora_linear(x, W, None, A, B, 2.0), lambda: W + 2.0 * B.data @ A.data)
-
-
-full, start = ml.tensor(W.copy(), requires_grad=True), rng.uniform(-1, 1, (r, k)) / k**0.5
-changed = {"full fine-tuning": change_of_old_answers([full], lambda x: ml.linear(x, full), lambda: full.data)}
-print(f"full fine-tuning: the old answers changed by {changed['full fine-tuning']:.1%}")
-changed["LoRA"] = lora_from(start)
-print(f"LoRA, r = 8: the old answers changed by {changed['LoRA']:.1%}")
-blind = start * (np.arange(k) >= k // 2)                           # A's start without the old features
-changed["blind"] = lora_from(blind)
-print(f"LoRA, r = 8, A's start blind to the old features: changed by {changed['blind']:.1%}")
-assert changed["full fine-tuning"] == 0.0 == changed["blind"] and changed["LoRA"] > 0.05
+# %%
+changed = two_tasks(seed=0)
+check.compare("03.old_full", 100 * changed["full"], "%")
+check.compare("03.old_lora", 100 * changed["lora"], "%")
+print(f"LoRA whose A starts at zero for the old features: {changed['blind']:.0%}")
+print(f"part of the new task not yet learned: full {changed['full_left']:.4f}, LoRA {changed['lora_left']:.4f}")
+assert changed["full"] == 0.0 == changed["blind"] and changed["lora"] > 0.05
+assert max(changed["full_left"], changed["lora_left"], changed["blind_left"]) < 0.01
 
 # %% [markdown]
 # **Full fine-tuning changed the old answers by exactly zero, LoRA did not.** W's gradient is zero in the columns that the new
-# inputs never use. LoRA's ΔW = s B A reaches them through A's random start, as soon as B moves. So "forgets less" is what was
-# measured where tasks share their inputs. It is not a property of frozen weights.
+# inputs never use. LoRA's ΔW = s B A reaches them through A's random start, as soon as B moves. The last line but one is the
+# proof: start A at zero in these columns, and the old answers stay. So "forgets less" is what was measured where tasks share
+# their inputs. It is not a property of frozen weights.
 #
 # ## What you should be able to say now
 #
 # - LoRA trains A and B, r(d + k) numbers a weight, and nothing else; W keeps every byte, until you choose to merge.
-# - B = 0 makes the start exact, and the first update move B alone; α/r scales the update and is not a learning rate.
+# - B = 0 makes the start exact, and so the first update moves B alone; α/r scales the update and is not a learning rate.
 # - A frozen weight is not a frozen function: measure what is forgotten, at equal learning.
 
 # %% [markdown] slide=true

@@ -10,12 +10,13 @@
 # - train ranks 1 to 32 on text, on few matrices and on many, beside the frozen base and full fine-tuning
 #
 # **You'll learn**
-# - what an elbow in a rank curve means, and why text has none
+# - what an elbow (a sharp bend) in a rank curve means, and that our text has none
 # - to tell the rank that an update *may* have from the rank that it *uses*
 # - in which order to spend: the learning rate first, then more matrices, then more rank
 #
-# **You need** lesson 03, and what a singular value is: σ₁ ≥ σ₂ ≥ … are the lengths into which a matrix stretches its own
-# directions. The best approximation of rank q keeps the first q of them (Eckart and Young, 1936).
+# **You need** lesson 03 and the SVD, M = U S Vᵀ: M maps each input direction (a column of V) to an output direction (a column
+# of U), and stretches it by a singular value, σ₁ ≥ σ₂ ≥ …. The best approximation of rank q keeps the first q of them, and its
+# squared error is the sum of the other σ² (Eckart and Young, 1936). All norms here are Frobenius norms: ‖M‖² = Σ σ².
 
 # %% [markdown] teacher=true
 # **For the teacher (30 minutes in the 90-minute lecture; 80 minutes with the exercises).**
@@ -49,12 +50,13 @@ from minilora.studies.text import full_cell, task_on
 # %% [markdown]
 # ## 1. Where the answer is known
 #
-# *One layer.* A hidden update ΔW\* has 24 singular values, each 16 % smaller than the one before. The inputs are exactly white,
-# so the loss of an update of ours is ‖sBA − ΔW\*‖², and no update of rank r can get below the sum of σᵢ² over i > r: that is
-# Eckart and Young's theorem. Does gradient descent on A and B get there?
+# *One layer.* A hidden update ΔW\* has 24 singular values, each 16 % smaller than the one before. The inputs favour no
+# direction (they are exactly white: XᵀX = n·I), so the loss of our update is ‖sBA − ΔW\*‖². No update of rank r can get below
+# the sum of σᵢ² over i > r. Does training A and B get there?
 #
 # *A Transformer.* A teacher is the base plus a hidden update of **rank 4** on q and v. Students with LoRA of rank 1 to 8
-# learn to give the teacher's answers. **Guess:** how many times smaller is the student's error at r = 4 than at r = 3?
+# learn to give the teacher's answers. Their error is the KL divergence between teacher and student: 0 if both give the same
+# probabilities. **Guess:** how many times smaller is the error at r = 4 than at r = 3?
 
 # %%
 check.guess("04.drop", None)
@@ -77,15 +79,16 @@ lab.show(figures.known_ranks(linear, teacher))
 #
 # ## 2. Which rank does an update use?
 #
-# A trained ΔW = s·B A has rank r. But its r singular values are not equal: how many directions does it *really* use? Two common
-# answers, for shares p = σ/Σσ:
+# A trained ΔW = s·B A has rank r. But its r singular values are not equal: how many directions does it *really* use? There are
+# two common answers. With the shares p = σ/Σσ:
 #
 # $$\text{effective rank} = e^{-\sum p \ln p}, \qquad \text{stable rank} = \frac{\sum \sigma^2}{\sigma_1^2}.$$
 #
 # Both give r for r equal values, and 1 for a single one. For σ = (1, 0.5, 0.1, 0.01) they give 2.3705 and 1.2601: the effective
 # rank counts small values more.
 #
-# The singular values come from the thin factors. ΔW is never formed:
+# The singular values come from the thin factors. ΔW is never formed. QR writes a thin matrix as Q·R: orthonormal columns in Q,
+# and a small square R. Read the last four lines (`xp` is NumPy, or CuPy on a GPU):
 
 # %%
 print(inspect.getsource(factored_svd))
@@ -151,7 +154,7 @@ check.cut_error(cut_error)
 # %% [markdown]
 # ### Exercise 04.3 · ●●○ · 8 min
 #
-# Write the two soft ranks. Take care of σ = 0: 0 ln 0 counts as 0.
+# Write the two measures of this section, effective rank and stable rank. Take care of σ = 0: 0 ln 0 counts as 0.
 #
 # <details><summary>Hint 1</summary>p = σ/Σσ are shares that add up to 1. Their entropy is −Σ p ln p.</details>
 # <details><summary>Hint 2</summary>A zero share adds nothing: leave zeros out before ln.</details>
@@ -173,7 +176,8 @@ check.soft_ranks(soft_ranks)
 # ## 3. On real text, where the answer is open
 #
 # The small GPT of lesson 02 goes from English prose to Python source again. A *sweep* trains many adapters side by side on one
-# frozen base, each as it would train alone. We keep α = 32 for all ranks, so s = 32/r.
+# frozen base, each as it would train alone. We keep α = 32 for all ranks, so s = 32/r, and one learning rate, which
+# section 4 tests.
 #
 # Two ways to spend: rank 1 to 32 on **all** linear layers, or rank 4 to 32 on **q and v** only. At ranks r and 4r they train
 # the same number of numbers. **Guess:** at 16,384 numbers (r = 8 on all, r = 32 on q and v), who wins, and by how many nats?
@@ -217,16 +221,20 @@ if lab.FULL:
     assert mean["all linear", 4] < mean["q, v", 32]                                     # with half as many numbers
     assert mean["all linear", 1] > mean["all linear", 4] > mean["all linear", 16] > np.mean(full)
     assert mean["all linear", 8] - mean["all linear", 32] < (mean["all linear", 1] - mean["all linear", 8]) / 2
+    runs = {row["rank"]: row["losses"] for row in rows if row["targets"] == "all linear"}
+    between = max(np.ptp(runs[r]) for r in (8, 16, 32))                                 # from seed to seed
+    assert mean["all linear", 8] - mean["all linear", 32] < between and min(runs[16]) < max(runs[32])
 lab.show(figures.ranks_and_budgets({
     "rows": rows, "from": "English prose", "to": "Python", "seeds": len(seeds), "base": {"loss": start},
     "full": {"loss_mean": float(np.mean(full)), "loss_sd": float(np.std(full, ddof=1))}}))
 
 # %% [markdown]
-# **There is no elbow, and spread beats rank.** Each doubling of r gains a little less than the one before. The same numbers do
-# more on all matrices than on two; rank 4 everywhere beats rank 32 on q and v, with half the numbers.
+# **There is no elbow, and many thin adapters beat few thick ones.** From r = 1 to 8 the loss falls at least twice as much as
+# from 8 to 32. The same numbers do more on all matrices than on two. Rank 4 everywhere beats rank 32 on q and v, with half the
+# numbers.
 #
 # Now look at the bars. From r = 8 to r = 32 the mean gains less than one seed differs from the other. With two seeds nobody can
-# tell 16 from 32 here; a paper that shows one seed could tell you anything.
+# tell 16 from 32 here. Take one seed for r = 16 and the other for r = 32, and the order can turn around.
 #
 # Which rank does a trained update *use*? And if r = 32 uses less than 32: **train at 32, cut to 4**. **Guess** the loss of the
 # cut adapter, minus the loss of the adapter that was trained at 4.
@@ -237,7 +245,7 @@ check.guess("04.cut", None)
 # %%
 result, widest = sweeps["all linear"], ranks["all linear"][-1]
 print("  r   effective rank   trained at r   trained at", widest, "and cut to r")
-cut = {}
+cut, effective = {}, {}
 for r in ranks["all linear"]:
     cells = [row["cell"] for row in result.rows if row["rank"] == r]
     used, losses = [], []
@@ -252,19 +260,21 @@ for r in ranks["all linear"]:
         losses.append(ml.training.mean_loss(base, lab.valid()))
         ml.delete_adapter(base, "own")
         ml.delete_adapter(base, "wide")
-    cut[r] = float(np.mean(losses))
-    print(f"{r:3d} {np.mean(used):13.1f} {mean['all linear', r]:15.3f} {cut[r]:16.3f}")
+    cut[r], effective[r] = float(np.mean(losses)), float(np.mean(used))
+    print(f"{r:3d} {effective[r]:13.1f} {mean['all linear', r]:15.3f} {cut[r]:16.3f}")
 check.compare("04.cut", cut[4] - mean["all linear", 4])
 assert abs(cut[widest] - mean["all linear", widest]) < 1e-4                             # nothing was cut there
 if lab.FULL:
-    assert cut[1] > cut[4] > cut[8] > cut[32] and abs(cut[8] - mean["all linear", 8]) < 0.03
+    assert all(abs(cut[r] - mean["all linear", r]) < 0.03 for r in (8, 16)) and cut[8] - cut[32] < between
+    assert all(cut[r] > mean["all linear", r] + 0.01 for r in (1, 2, 4))                # thin from the start is better here
+    assert effective[1] < effective[4] < effective[16] < effective[32] and effective[32] > 12
 
 # %% [markdown]
 # **Two different ranks.** From r = 8 on, "train wide, then cut" and "train at r" end at the same loss, within the spread.
 # Below, it is better to train at the rank that you want: then its few directions learn to do all the work.
 #
-# And the effective rank is *not* the rank that the task needs. It grows with the rank that is given; at r = 32 it is far above
-# 8, and yet a cut to 8 costs little. A direction can be large and unimportant for the loss.
+# And the effective rank is *not* the rank that the task needs. It grows with the rank that is given. At r = 32 it is far above
+# 8, and yet a cut to 8 costs less than a change of seed. A direction can be large and unimportant for the loss.
 #
 # ### Exercise 04.4 · ●●○ · 10 min
 #
@@ -293,9 +303,9 @@ check.rank_to_ship(rank_to_ship)
 #
 # ## 4. Before the rank: the learning rate
 #
-# A common advice for a weak result is "increase r". Here are three ranks at four learning rates. One mistake is to take r = 1
-# where r = 32 could be had, at a good rate. Another is four times the good rate, at r = 32. **Guess:** how many times as many
-# nats as the first does the second cost?
+# A common advice for a weak result is "increase r". Here are three ranks at four learning rates, for one seed. Compare two
+# mistakes. The first: r = 1 instead of r = 32, at a good rate. The second: r = 32 at four times the good rate.
+# **Guess:** the second costs how many times as many nats as the first?
 
 # %%
 check.guess("04.rate", None)
@@ -315,18 +325,19 @@ check.compare("04.rate", too_much / too_thin)
 if lab.FULL:
     assert too_much > 2 * too_thin > 0
     assert all(loss[r, 4e-2] > start for r in some)                                     # worse than not training at all
+    assert all(loss[r, rate] < min(loss[r, lr] for lr in rates) + 0.02 for r in some)   # one rate is good for every rank
 
 # %% [markdown]
-# **The learning rate comes first.** The good range is the same for rank 1 and rank 32 (that is what s = α/r is for), so one
+# **The learning rate comes first.** The rate 0.01 is good for rank 1 and for rank 32 (s = α/r is meant for this), so one
 # search at one rank serves all. Four times too high, and every rank ends worse than the frozen base.
 #
-# Is it the same outside the toy? The order is: LoRA's rate matters most, adapters on all layers beat attention alone, and rank
-# matters once the data outgrow it. The numbers are not: your model, your text, your seeds. `minilora study rank-quality`
-# draws this figure for you.
+# Is it the same outside the toy? "LoRA Learns Less and Forgets Less" (arXiv:2405.09673) says the same of large models: LoRA is
+# sensitive to its rate, and which matrices are adapted matters more than the rank. The numbers differ from model to model.
+# `minilora study rank-quality` draws this figure for you.
 #
 # ## What you should be able to say now
 #
-# - An elbow shows where the needed rank ends; a smooth spectrum has none, and text has none here.
+# - An elbow shows where the needed rank ends; a smooth spectrum has none, and our text has none.
 # - Spend in this order: learning rate, more matrices, more rank; and compare only beyond the spread of seeds.
 # - The rank that an update uses can be measured from A and B alone; it grows with the rank that it is given.
 
