@@ -137,12 +137,12 @@ check.not_the_base(answer)
 # * **off**: is the disabled model the base again, bit for bit?
 #
 # **Guess.** DoRA with r = 2 trains LoRA's two factors, and one length for each row. What is the rank of its ΔW, at most
-# 16?
+# 16? The cell lists all methods; put your guess into its first line.
 
 # %%
 check.guess("07.dora_rank", None)                          # your guess in place of None
 
-# %% exact=true
+
 def lora(**options):
     """LoRA of rank 2 on every linear layer, with options."""
     return ml.LoraConfig(r=2, target_modules="all-linear", **options)
@@ -163,7 +163,7 @@ shape = ml.TransformerConfig.gpt2(vocab_size=11, d_model=16, n_layers=1, n_heads
 tokens = np.random.default_rng(0).integers(0, 11, (4, 9))
 ids, targets = tokens[:, :-1], tokens[:, 1:]
 
-
+# %% exact=true
 def rank_of(matrix):
     """Singular values above rounding."""
     values = np.linalg.svd(matrix, compute_uv=False)
