@@ -59,10 +59,10 @@ def guess(key: str, value: Any = None) -> None:
 
 
 def compare(key: str, measured: Any, unit: str = "") -> None:
-    """Print the prediction stored under key beside what was measured: you said 2.0, measured 1.79."""
+    """Print the prediction stored under key beside what was measured: 04.loss: you said 2.0, measured 1.79."""
     said, found = _guesses.get(key), f"measured {_shown(measured)}{' ' + unit if unit else ''}"
     none_made = said is None or said is ...
-    print(f"{found} (no guess made)" if none_made else f"you said {_shown(said)}, {found}")
+    print(f"{key}: {found} (no guess made)" if none_made else f"{key}: you said {_shown(said)}, {found}")
 
 
 def hint(exercise: str) -> None:

@@ -335,8 +335,8 @@ def test_guess_and_compare(registry, capsys):
     check.guess("which", "A")
     check.compare("which", "B")
     assert capsys.readouterr().out.splitlines() == [
-        "you said 2, measured 1.79", "measured 1.79 nats (no guess made)", "measured 1, 2.5 (no guess made)",
-        "you said A, measured B"]
+        "03.loss: you said 2, measured 1.79", "03.loss: measured 1.79 nats (no guess made)",
+        "never: measured 1, 2.5 (no guess made)", "which: you said A, measured B"]
 
 
 def test_hints_come_one_by_one(registry, capsys):

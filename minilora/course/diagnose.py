@@ -104,6 +104,8 @@ def _other(name: str, got: Any, expected: Any) -> str:
         return f"{name}: expected shape {expected.shape}, got {got.shape}"
     if isinstance(expected, tuple | list) and len(got) != len(expected):
         return f"{name}: expected {len(expected)} items, got {len(got)}"
+    if isinstance(expected, tuple | list) and sorted(map(repr, got)) == sorted(map(repr, expected)):
+        return f"{name}: the right items, in another order"
     shown = repr(got)
     return f"{name}: not right (got {shown if len(shown) < 60 else shown[:57] + '...'})"
 

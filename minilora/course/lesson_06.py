@@ -43,6 +43,10 @@ def _other_ranks(answer: Any, rng: np.random.Generator) -> str | None:
     return None if np.shape(A) == (4, 9) and np.allclose(B @ A, _dense(**case)) else "wrong where the two ranks differ"
 
 
+def _scaled_a(B1: Any, A1: Any, s1: float, B2: Any, A2: Any, s2: float, w1: float, w2: float) -> Pair:
+    return np.hstack([B1, B2]), np.vstack([w1 * s1 * A1, w2 * s2 * A2])
+
+
 def _add_wrong(first: Any, second: Any, factors: bool = False) -> Any:
     """A wrong sum: other coefficients, or the factors added."""
     def answer(B1: Any, A1: Any, s1: float, B2: Any, A2: Any, s2: float, w1: float, w2: float) -> Pair:
@@ -64,6 +68,10 @@ def _roots(B1: Any, A1: Any, s1: float, B2: Any, A2: Any, s2: float, w1: float, 
 
 def _turned(B1: Any, A1: Any, s1: float, B2: Any, A2: Any, s2: float, w1: float, w2: float) -> Pair:
     return np.hstack([w1 * s1 * B1, w2 * s2 * B2]), np.vstack([A2, A1])
+
+
+def _second_first(B1: Any, A1: Any, s1: float, B2: Any, A2: Any, s2: float, w1: float, w2: float) -> Pair:
+    return np.hstack([w2 * s2 * B2, w1 * s1 * B1]), np.vstack([A2, A1])
 
 
 # ------------------------------------------------------------------------------------------------------ 06.2 sum at a rank
@@ -94,6 +102,8 @@ def _rank_wrong(how: str) -> Any:
         best = _cut(total, q)
         if how == "each first":
             best = w1 * _cut(one, q) + w2 * _cut(two, q)
+        if how == "all":
+            return total, 0.0
         if how == "one more":
             best = _cut(total, q + 1)
         if how == "first columns":
@@ -133,6 +143,16 @@ def _serve_wrong(how: str) -> Any:
             live = live if how == "stays" else live - (B @ A if how == "half" else update)
         return np.stack(merged), merged[-1] if how == "merged" else W.copy() if how in ("no s", "update") else live
     return answer
+
+
+def _second_name(W: np.ndarray, updates: list[Any]) -> Pair:
+    """Put back by a second name: `live = kept`, and the next += writes into what was kept."""
+    live, kept, merged = W.copy(), W.copy(), []
+    for B, A, s in updates:
+        live += s * B @ A
+        merged.append(live.copy())
+        live = kept
+    return np.stack(merged), live
 
 
 def _bit_for_bit(answer: Any, rng: np.random.Generator) -> str | None:
@@ -179,6 +199,10 @@ def _mixed_wrong(how: str) -> Any:
     return answer
 
 
+def _mixed_all(x: Any, W: Any, Bs: Any, As: Any, scales: Any, which: Any) -> Any:
+    return x @ W.T + sum(s * x @ A.T @ B.T for B, A, s in zip(Bs, As, scales, strict=True))
+
+
 # -------------------------------------------------------------------------------------------------------- 06.5 half precision
 
 def _smallest() -> tuple[float, float]:
@@ -201,7 +225,9 @@ EXERCISES: tuple[Exercise, ...] = (
                     _add_wrong(lambda s, w: w * s, lambda s, w: w * s, factors=True)),
             Mistake("both factors are scaled, so the product is scaled twice; leave A as it is", _both_factors),
             Mistake("the product is right, but scale B alone and leave A1 and A2 as they are", _roots),
-            Mistake("A: the rows of A2 stand above those of A1, but B has its blocks the other way round", _turned))),
+            Mistake("A: the rows of A2 stand above those of A1, but B has its blocks the other way round", _turned),
+            Mistake("the product is right, but A1's rows come first, then A2's; B's blocks likewise", _second_first),
+            Mistake("the product is right, but leave A1 and A2 unchanged: weights and scales go into B", _scaled_a))),
     Exercise(
         "06.2", "sum_at_rank", "The best sum at rank q, and its error in advance", 2, 15,
         hints=("Form the sum (dense is fine here), take its SVD, keep q triplets.",
@@ -211,6 +237,7 @@ EXERCISES: tuple[Exercise, ...] = (
         mistakes=(
             Mistake("best: the weights w1 and w2 are missing", _rank_wrong("no weights")),
             Mistake("best: each was cut before adding; add first, then cut, else the rank is not q", _rank_wrong("each first")),
+            Mistake("best: this is the whole sum; cut it to rank q", _rank_wrong("all")),
             Mistake("best: one triplet too many", _rank_wrong("one more")),
             Mistake("best: these are the first columns of the stacked factors; they are not sorted by importance",
                     _rank_wrong("first columns")),
@@ -230,7 +257,8 @@ EXERCISES: tuple[Exercise, ...] = (
             Mistake("every row got the adapter of the first row", _mixed_wrong("first")),
             Mistake("each branch is s·B@A; the scales are missing", _mixed_wrong("no s")),
             Mistake("rows with an adapter lost the base's x @ W.T; the branch is added to it", _mixed_wrong("no base")),
-            Mistake("rows with an adapter got the sum of all adapters", _mixed_wrong("all")))),
+            Mistake("rows with an adapter got the sum of all adapters", _mixed_wrong("all")),
+            Mistake("every row got the sum of all adapters; add each one to its own rows only", _mixed_all))),
     Exercise(
         "06.4", "serve", "Merge, unmerge, and nothing is lost", 2, 12,
         hints=("(W + x) − x is not always W in floating point.",
@@ -243,6 +271,8 @@ EXERCISES: tuple[Exercise, ...] = (
             Mistake("merged: the update is s·B@A; its scale is missing", _serve_wrong("no s")),
             Mistake("merged: these are the updates alone; merged means W + s·B@A", _serve_wrong("update")),
             Mistake("last: the last adapter is still merged", _serve_wrong("merged")),
+            Mistake("`live = kept` makes a second name, not a second array: the next += changes what you kept; put back a copy",
+                    _second_name),
             Mistake("merged: s·B@A was added, and B@A without its scale taken away", _serve_wrong("half")))),
     Exercise(
         "06.5", "smallest", "The smallest step that survives", 1, 5,
@@ -251,6 +281,11 @@ EXERCISES: tuple[Exercise, ...] = (
         expected=_smallest, outputs=("bf16", "fp16"),
         mistakes=(
             Mistake("half a step is a tie, which goes to the even neighbour: here back to 1", (2.0**-8, 2.0**-11)),
+            Mistake("bf16: half a step is a tie, which goes to the even neighbour: here back to 1", (2.0**-8, 2.0**-10)),
+            Mistake("fp16: half a step is a tie, which goes to the even neighbour: here back to 1", (2.0**-7, 2.0**-11)),
+            Mistake("below half a step nothing changes: 1 + x rounds back to 1", (2.0**-9, 2.0**-12)),
+            Mistake("there is a smaller one: 8 significant bits are 1 before the point and 7 behind it", (2.0**-6, 2.0**-9)),
+            Mistake("these are the exponents; give the numbers themselves", (-7, -10)),
             Mistake("these are the numbers for float32 and float64; count the bits of the half formats", (2.0**-23, 2.0**-52)),
             Mistake("both have 16 bits in all, but not all of them are for digits", (2.0**-15, 2.0**-15)),
             Mistake("fp16 has more digits than bf16, and bf16 more range", (2.0**-7, 2.0**-7)))),

@@ -120,22 +120,41 @@ def starts_expected() -> set[str]:
     return found
 
 
+WHY = {
+    "pissa": "PiSSA takes a part out of W, but here as ΔW = s(B A - B₀A₀): what is that at the start?",
+    "vera": "VeRA: d starts at 0.1, but look at b", "dora": "DoRA: its lengths start as the lengths of W's own rows",
+    "loha": "LoHa: one of its four factors is zero", "ia3": "IA3 multiplies, so the neutral start is 1, not 0",
+    "lora": "LoRA's A is random, but what is B?"}
+
+
+def one_of(answer: Any, rng: np.random.Generator) -> str | None:
+    """The first thing to say about a set: a name that does not exist, one too many, one that is missing."""
+    found = answer()
+    if not isinstance(found, set | frozenset) or not all(isinstance(name, str) for name in found):
+        return "expected a set of names, as {'lora', 'pissa'}"
+    if unknown := sorted(found - set(STARTS)):
+        return f"{unknown[0]!r} is none of the eight names: " + ", ".join(STARTS)
+    if len(found) > 4:
+        return "run it: two of the eight change the output before the first step"
+    for name, hint in WHY.items():
+        if name in found:
+            return hint
+    if found == starts_expected():
+        return None
+    return {1: "not yet: there is another one. One puts something new before the tokens, one starts small, but not at zero",
+            0: "two of the eight change the output before the first step"}[len(found)]
+
+
 NO_OP = Exercise(
     "07.2", "not_the_base", "Which starts are not the base?", 1, 5,
     ("ΔW = 0 needs one factor that is zero, or a multiplier that is one.",
      "help(ml.methods.VeRA) and its sisters say how each one starts. Or add each one to a small model and compare its logits.",
      "'Almost nothing' is not nothing: a start of 0.001 does not count as the base."),
-    (Mistake("not yet: there is another that starts small, but not at zero", {"prompt"}),
-     Mistake("not yet: another one puts something new before the tokens", {"houlsby"}),
-     Mistake("PiSSA takes a part out of W, but here as ΔW = s(B A - B₀A₀): what is that at the start?",
-             {"pissa", "houlsby", "prompt"}),
-     Mistake("VeRA: d starts at 0.1, but look at b", {"vera", "houlsby", "prompt"}),
-     Mistake("DoRA: its lengths start as the lengths of W's own rows", {"dora", "houlsby", "prompt"}),
-     Mistake("LoHa: one of its four factors is zero", {"loha", "houlsby", "prompt"}),
-     Mistake("IA3 multiplies, so the neutral start is 1, not 0", {"ia3", "houlsby", "prompt"}),
-     Mistake("LoRA's A is random, but what is B?", {"lora", "houlsby", "prompt"}),
+    (Mistake("not yet: there is another one. One puts something new before the tokens, one starts small, but not at zero",
+             {"prompt"}),
+     *(Mistake(hint, {name, "houlsby", "prompt"}) for name, hint in WHY.items()),
      Mistake("run it: two of the eight change the output before the first step", set(STARTS))),
-    starts_expected)
+    laws=(one_of,))
 
 
 # --- 07.3 counts ----------------------------------------------------------------------------------
@@ -163,6 +182,12 @@ COUNTS = Exercise(
              lambda out, inn, r: (r * (out + inn), out, r + out, 2 * r * (out + inn), out)),
      Mistake("VeRA: its matrices are frozen and shared; only two vectors train",
              lambda out, inn, r: (r * (out + inn), r * (out + inn) + out, r * (out + inn) + r + out, 2 * r * (out + inn), out)),
+     Mistake("LoRA: A has r·in numbers and B out·r; they are added, not multiplied",
+             lambda out, inn, r: (r * out * inn, r * (out + inn) + out, r + out, 2 * r * (out + inn), out)),
+     Mistake("DoRA: every row of W has a length of its own, not one for the whole matrix",
+             lambda out, inn, r: (r * (out + inn), r * (out + inn) + 1, r + out, 2 * r * (out + inn), out)),
+     Mistake("VeRA: one of its two vectors is as long as the output of the layer, not as the input",
+             lambda out, inn, r: (r * (out + inn), r * (out + inn) + out, r + inn, 2 * r * (out + inn), out)),
      Mistake("VeRA: b scales the outputs; the other vector scales the r rows between the matrices, not the inputs",
              lambda out, inn, r: (r * (out + inn), r * (out + inn) + out, inn + out, 2 * r * (out + inn), out)),
      Mistake("LoHa multiplies two products, so it has two pairs of factors",
@@ -215,6 +240,10 @@ PLAIN = Exercise(
      Mistake("the ratio is right, but rsLoRA is not in it", lambda lora_alpha, r, use_rslora, lr_ratio: lora_alpha * lr_ratio),
      Mistake("α/r = α'/√r, or α/√r = α'/r? Here the second is asked for",
              lambda lora_alpha, r, use_rslora, lr_ratio: lora_alpha * lr_ratio / (r**0.5 if use_rslora else 1.0)),
+     Mistake("both are upside down: a faster B, and √r in place of r, make the update larger. So plain LoRA needs a larger α",
+             lambda lora_alpha, r, use_rslora, lr_ratio: lora_alpha / lr_ratio / (r**0.5 if use_rslora else 1.0)),
+     Mistake("rsLoRA and the ratio can come together: then both count",
+             lambda lora_alpha, r, use_rslora, lr_ratio: lora_alpha * (r**0.5 if use_rslora else lr_ratio)),
      Mistake("the answer is a lora_alpha, and s = lora_alpha/r: you have divided by r as well",
              lambda lora_alpha, r, use_rslora, lr_ratio: lora_alpha * lr_ratio / (r**0.5 if use_rslora else r)),
      Mistake("rsLoRA divides by √r, not by 1: r itself is too much",
@@ -263,6 +292,12 @@ def _along(G: np.ndarray, u: np.ndarray) -> np.ndarray:
     return (G * u).sum(1, keepdims=True) * u
 
 
+def _by_columns(V: np.ndarray, m: np.ndarray, G: np.ndarray) -> Any:
+    n = np.sqrt((V * V).sum(0, keepdims=True))
+    unit = V / n
+    return m[:, None] / n * (G - (G * unit).sum(0, keepdims=True) * unit), (G * unit).sum(1)
+
+
 DORA = Exercise(
     "07.5", "dora_grad", "Is DoRA's detached norm a gradient?", 3, 15,
     ("One row at a time: w = m v/‖v‖. What is the derivative of ‖v‖ towards v?",
@@ -282,6 +317,10 @@ DORA = Exercise(
      Mistake("one length for each row, not one for the whole matrix",
              lambda V, m, G: (m[:, None] / np.linalg.norm(V) * (G - (G * V).sum() * V / (V * V).sum()),
                               (G * V).sum(1) / np.linalg.norm(V))),
+     Mistake("‖V‖ is the length of each row (axis 1, along the inputs), not of each column",
+             _by_columns),
+     Mistake("dV: the part along v̂ is taken out row by row: sum over axis 1 only, with keepdims",
+             _dora(lambda G, V, n, m, u: m / n * (G - (G * u).sum() * u))),
      Mistake("V/‖V‖ is divided by the norm once, its derivative too; you have 1/‖V‖²",
              _dora(lambda G, V, n, m, u: m / n**2 * (G - _along(G, u))))),
     dora_expected, dora_cases, outputs=("dV", "dm"))

@@ -52,6 +52,14 @@ def named(layer: Callable[[str], Any] = str, ending: Callable[[str], str | None]
     return answer
 
 
+def replaced_in_turn(name: str) -> str:
+    """str.replace with the short ending first, which breaks the long one."""
+    name = name.removeprefix("bert.").replace("encoder.layer", "layers")
+    for kind in sorted(KINDS, key=lambda kind: (kind != "output.dense", kind)):
+        name = name.replace(kind, KINDS[kind])
+    return name
+
+
 def by_ending(rest: str) -> str | None:
     """The first kind, in this order, with whose last words the name ends."""
     kinds = ("output.dense", "intermediate.dense", "attention.self.query", "attention.self.key", "attention.self.value")
@@ -249,6 +257,11 @@ EXERCISES = (
               Mistake("a name may begin with bert., or not: either way ours begins with layers.", named(first="bert.")),
               Mistake("intermediate is the wide layer, so up_proj; output goes back down",
                       named(ending=changed(up_proj="x_proj", down_proj="up_proj", x_proj="down_proj"))),
+              Mistake("replacing output.dense first also hits attention.output.dense: compare the whole rest",
+                      replaced_in_turn),
+              Mistake("our path names the block too: attn. or mlp. before the last part",
+                      named(ending=changed(**{"attn.": "", "mlp.": ""}))),
+              Mistake("up_proj and down_proj are in the MLP: mlp., not attn.", named(ending=changed(mlp="attn"))),
               Mistake("ours are attn and mlp; self_attn is Llama's", named(ending=changed(attn="self_attn"))),
               Mistake("our names end with _proj", named(ending=changed(_proj=""))),
               Mistake("both count layers from 0", named(layer=lambda number: int(number) + 1)),
@@ -260,6 +273,10 @@ EXERCISES = (
               Mistake("the classifier is saved whole too", counted(thin, lambda n, d: 0)),
               Mistake("the classifier has a bias, one number a label", counted(thin, lambda n, d: n * d)),
               Mistake("the classifier gets no A and B: it is saved as it is", counted(thin, lambda n, d: 2 * (n + d))),
+              Mistake("A has r·in numbers and B out·r: they are added, not multiplied",
+                      counted(lambda out, inn, r: r * out * inn)),
+              Mistake("this counts A alone; B (out, r) is in the file too", counted(lambda out, inn, r: r * inn)),
+              Mistake("the bias has one number a label, not one a feature", counted(thin, lambda n, d: n * d + d)),
               Mistake("this is full ΔW, which is never in the file", counted(lambda out, inn, r: out * inn)),
               Mistake("this counts A for both factors; B is (out, r)", counted(lambda out, inn, r: 2 * r * inn)),
               Mistake("this counts B for both factors; A is (r, in)", counted(lambda out, inn, r: 2 * r * out)),

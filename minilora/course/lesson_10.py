@@ -17,31 +17,36 @@ from .listings import Listing, random_factors, scaled_copy, split, summed
 
 COUNT = "it trains more than r(in + out) numbers, and r more: train thin factors, nothing of W's shape"
 FORM = "expected three things: trained and frozen, dicts of float64 arrays, and the function weight(trained, frozen)"
-NAMES = "trained should hold {names}: keep the form that the listing had"
+NAMES = "trained should hold {names}: keep the form that the exercise asks for"
 REPLACED = "the product stands in W's place: at the start the weight is zero, and not W"
 NO_OP = "at the start the weight is not W, bit for bit: one factor has to begin at zero"
 BASE = "W itself is not among the frozen arrays: freeze it whole, and use it from there"
 USED = "weight ignores what it is given: change an array of trained, and the weight stays the same"
 SCALE = "s is not the scale of the update: with twice the s, the same factors should change W twice as much"
+TIMES = "the product of the factors is multiplied by something else than s: s is α/r already"
+TENSORS = "weight works on arrays, but not on Tensors ({error}): use only + - * @ .T and .sum in it, no np functions"
 DEAD = "nothing moves in training: each factor's gradient is multiplied by the others, and too many are zero"
 RANK = "after training the change of W has a rank above r"
 LEARNS = "the loss does not fall below half of the base's"
 SIZES = ((12, 7, 2), (6, 10, 1))                           # out, in, r
 
 
-def repaired(names: tuple[str, ...] | None) -> Law:
-    """The law of a listing that has become a LoRA; names: of its trained arrays, where the listing's form is to be kept."""
+def repaired(form: dict[str, str] | None) -> Law:
+    """The law of a listing that has become a LoRA.
+
+    form: its trained arrays with their shapes, {"a": "r in", "b": "r out"}, where the listing's form is to be kept.
+    """
     def law(answer: Callable[..., Any], rng: np.random.Generator) -> str | None:
         for d, k, r in SIZES:
             W = rng.standard_normal((d, k)) / k**0.5
-            hint = _judged(answer, W, r, int(rng.integers(1 << 30)), names)
+            hint = _judged(answer, W, r, int(rng.integers(1 << 30)), form)
             if hint is not None:
                 return hint
         return None
     return law
 
 
-def _judged(answer: Callable[..., Any], W: np.ndarray, r: int, seed: int, names: tuple[str, ...] | None) -> str | None:
+def _judged(answer: Callable[..., Any], W: np.ndarray, r: int, seed: int, form: dict[str, str] | None) -> str | None:
     """The first thing that an answer gets wrong on one W."""
     own = W.copy()
     made = [answer(W=W, r=r, s=s, rng=np.random.default_rng(seed)) for s in (2.0, 4.0)]
@@ -54,8 +59,12 @@ def _judged(answer: Callable[..., Any], W: np.ndarray, r: int, seed: int, names:
     (trained, frozen, weight), (_, _, twice) = made
     if sum(array.size for array in trained.values()) > r * sum(W.shape) + r:
         return COUNT
-    if names and set(trained) != set(names):
-        return NAMES.format(names=", ".join(names))
+    sizes = {"out": W.shape[0], "in": W.shape[1], "r": r}
+    if form and set(trained) != set(form):
+        return NAMES.format(names=", ".join(form))
+    for name, axes in (form or {}).items():
+        if trained[name].shape != tuple(sizes[axis] for axis in axes.split()):
+            return f"{name} should have shape ({axes.replace(' ', ', ')}), and has {trained[name].shape}"
     if not any(np.array_equal(array, W) for array in frozen.values()):
         return BASE
     start = np.asarray(weight(trained, frozen))
@@ -74,7 +83,13 @@ def _judged(answer: Callable[..., Any], W: np.ndarray, r: int, seed: int, names:
         return USED
     if not np.allclose(doubled, 2 * once):
         return SCALE
-    found = is_lora(weight, trained, frozen, r=r, base=W, steps=150, lr=2e-2, seed=seed)
+    ones = weight({name: np.ones(array.shape) for name, array in trained.items()}, frozen) - W      # the product is r now
+    if np.ptp(ones) < 1e-9 and not np.allclose(ones, 2.0 * r):
+        return TIMES
+    try:
+        found = is_lora(weight, trained, frozen, r=r, base=W, steps=150, lr=2e-2, seed=seed)
+    except Exception as error:
+        return TENSORS.format(error=" ".join(str(error).split())[:80])
     if not found.ticks["learns"]:
         return DEAD if found.loss[1] == found.loss[2] else LEARNS
     return RANK if not found.ticks["low rank"] else None if found else BASE
@@ -124,6 +139,7 @@ def pair_mistakes(**form: Any) -> tuple[Mistake, ...]:
         Mistake(SCALE, made(lambda A, B, W, s: W + B @ A)),
         Mistake(SCALE, made(lambda A, B, W, s: W + s * s * (B @ A))),
         Mistake(SCALE, made(lambda A, B, W, s: W + (B @ A) * (1 / s))),
+        Mistake(TIMES, made(lambda A, B, W, s: W + s * (B @ A) * (1 / A.shape[0]))),
         Mistake(USED, made(lambda A, B, W, s: 1.0 * W)),
         Mistake(BASE, made(lambda A, B, W, s: W + s * (B @ A), frozen=lambda W: {"W": 0.5 * W})),
         Mistake(BASE, made(lambda A, B, W, s: W + s * (B @ A), frozen=lambda W: {})),
@@ -229,6 +245,8 @@ TABLE_MISTAKES: Sequence[Mistake] = (
     Mistake("this weights precision by support; its denominator is the number of predictions, not of true tokens",
             lambda precision, recall, support: float(f1((precision * support).sum() / support.sum(),
                                                         (recall * support).sum() / support.sum()))),
+    Mistake("the last row is left out; micro takes every row of the table, O too",
+            lambda precision, recall, support: by_sets(precision[:-1], recall[:-1], support[:-1])),
     Mistake("this is the recall over all tokens; wrong predictions do not count in it",
             lambda precision, recall, support: float((recall * support).sum() / support.sum())),
     Mistake("this is the precision over all tokens; what was missed does not count in it",
@@ -257,7 +275,7 @@ EXERCISES = (
              ("The sum over i of the outer products of b[i] and a[i] is one matrix product.",
               "Check the shapes: (out, r) times (r, in)."),
              (Mistake(COUNT, as_listed(summed)), Mistake(NAMES.format(names="a, b"), pair(lambda A, B, W, s: W + s * (B @ A))),
-              *pair_mistakes(names=("a", "b"), as_rows=True)), laws=(repaired(("a", "b")),)),
+              *pair_mistakes(names=("a", "b"), as_rows=True)), laws=(repaired({"a": "r in", "b": "r out"}),)),
     Exercise("10.4", "repair_factors", "U·Λ·Vᵀ becomes a LoRA", 2, 8,
              ("One of the three zero is enough. Two zero are too many: why?",
               "Lambda has one axis: (U * Lambda) scales the columns of U."),
@@ -266,7 +284,7 @@ EXERCISES = (
               Mistake(COUNT, three((1.0, 0.0, 1.0), diagonal=False)), Mistake(REPLACED, three((1.0, 0.0, 1.0), add=False)),
               Mistake(SCALE, three((1.0, 0.0, 1.0), scaled=False)),
               Mistake(NAMES.format(names="U, Lambda, V"), pair(lambda A, B, W, s: W + s * (B @ A)))),
-             laws=(repaired(("U", "Lambda", "V")),)),
+             laws=(repaired({"U": "out r", "Lambda": "r", "V": "in r"}),)),
     Exercise("10.5", "what_moved", "An audit of a training run", 2, 8,
              ("A base that moved a little passes np.allclose. One with a NaN in it is not equal to itself.",
               "array.tobytes() gives the bits."),

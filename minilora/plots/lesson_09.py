@@ -58,7 +58,7 @@ def memory_bars(ax: Axes, data: dict[str, Any]) -> Axes:
     ax.set_xticks(range(len(rows)), [f"batch {row['batch']}" for row in rows])
     ax.grid(False, axis="x")
     ax.set_ylabel("memory in training, full fine-tuning = 1")
-    ax.legend(loc="upper center", ncols=4, columnspacing=1.2)
+    ax.legend(loc="upper center", ncols=4, columnspacing=0.9, handlelength=1.4, handletextpad=0.5)
     return ax
 
 

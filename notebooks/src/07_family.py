@@ -93,7 +93,7 @@ class MiSS(Adapter):
 # write none of them.
 #
 # <details><summary>Hint 1</summary>Look at <code>LoRA.adapted_weight</code>, printed above. The product B @ A has the
-# shape of W.</details>
+# shape of W. Put it into parentheses: Python takes <code>*</code> and <code>@</code> from left to right.</details>
 # <details><summary>Hint 2</summary>At B = 0 the answer has to be W itself.</details>
 
 # %% exercise="hira"
@@ -111,7 +111,8 @@ check.hira(hira)
 #
 # Which of these eight change the model's output *before the first step*? Answer with a set of names out of
 # `{"lora", "pissa", "dora", "vera", "loha", "ia3", "houlsby", "prompt"}`.
-# Read how each one starts (`help(ml.methods.VeRA)` and so on), and think.
+# Read how each one starts, and think: `help(ml.methods.VeRA)`, and there also PiSSA, DoRA, LoHa, IA3, Houlsby and
+# PromptTuning.
 #
 # <details><summary>Hint 1</summary>ΔW = 0 needs one factor that is zero, or a multiplier that is one.</details>
 # <details><summary>Hint 2</summary>Almost nothing is not nothing.</details>
@@ -131,17 +132,17 @@ check.not_the_base(answer)
 #
 # * **trains**: how many numbers.
 # * **start**: is the model exactly its base before the first step?
-# * **rank**: of ΔW = W' − W in the MLP's last layer (16, 64), with rank 2 asked for.   * **merges**: can it be written
-#   into W?
+# * **rank**: of ΔW = W' − W in the MLP's last layer (16, 64), with rank 2 asked for.
+# * **merges**: can it be written into W?
 # * **off**: is the disabled model the base again, bit for bit?
 #
 # **Guess.** DoRA with r = 2 trains LoRA's two factors, and one length for each row. What is the rank of its ΔW, at most
-# 16?
+# 16? The cell lists all methods; put your guess into its first line.
 
 # %%
 check.guess("07.dora_rank", None)                          # your guess in place of None
 
-# %% exact=true
+
 def lora(**options):
     """LoRA of rank 2 on every linear layer, with options."""
     return ml.LoraConfig(r=2, target_modules="all-linear", **options)
@@ -162,7 +163,7 @@ shape = ml.TransformerConfig.gpt2(vocab_size=11, d_model=16, n_layers=1, n_heads
 tokens = np.random.default_rng(0).integers(0, 11, (4, 9))
 ids, targets = tokens[:, :-1], tokens[:, 1:]
 
-
+# %% exact=true
 def rank_of(matrix):
     """Singular values above rounding."""
     values = np.linalg.svd(matrix, compute_uv=False)
@@ -391,6 +392,7 @@ if lab.FULL:
 #
 # DoRA's weight is W' = m ⊙ V/‖V‖, row by row: ‖V‖ is the length of each row of V (out, in), m (out,) a new length.
 # Given G, the gradient of W' (out, in), return the *full* gradients dV (out, in) and dm (out,).
+# Derive them: the docstring of `ml.methods.DoRA` has the formula, to compare with at the end.
 #
 # <details><summary>Hint 1</summary>One row at a time: w = m v/‖v‖. What is the derivative of ‖v‖ towards v?</details>
 # <details><summary>Hint 2</summary>The derivative of v/‖v‖ is (I − v̂ v̂ᵀ)/‖v‖ with v̂ = v/‖v‖.</details>

@@ -107,7 +107,8 @@ if MINILM:
 # The files of a BERT have names of their own. Write ours for a linear layer of the file. Six kinds: `attention.self.query`,
 # `key` and `value`, `attention.output.dense` (ours: `o_proj`), `intermediate.dense` (`up_proj`) and `output.dense`
 # (`down_proj`). So `encoder.layer.3.attention.self.query` is `layers.3.attn.q_proj`, and
-# `bert.encoder.layer.10.output.dense` is `layers.10.mlp.down_proj`. The first part `bert.` may be there or not.
+# `bert.encoder.layer.10.output.dense` is `layers.10.mlp.down_proj`: q, k, v and o are in `attn`, up and down in `mlp`. The
+# first part `bert.` may be there or not.
 #
 # <details><summary>Hint 1</summary>Cut the layer's number out first: after `encoder.layer.`, before the next dot.</details>
 # <details><summary>Hint 2</summary>Then look the whole rest up in a dict of six entries: two rests end alike.</details>
@@ -193,6 +194,7 @@ if REVIEWS:
     assert len(spectra["ΔW after fine-tuning, r = 8"]) <= 8
     needed = [ml.rank.energy_rank(each.svd[1], 0.9) for each in ml.rank.updates(run.model).values()]
     print("directions that hold 90 % of ΔW's energy, in the 12 modules:", needed)
+    assert not lab.FULL or (max(needed[-4:]) <= 2 < max(needed[:4]) < 8)     # the last two layers (q and v), the first two
     figure = lab.show(figures.spectra({"spectra": {key: list(map(float, s)) for key, s in spectra.items()}, "rows": rows}))
 figure
 
@@ -350,8 +352,8 @@ if SMOLLM and lab.FULL:
 # %% [markdown] slide=true
 # **LoRA on real models**
 # - the best rank-8 part of a real matrix loses about 90 % of it; W is not low-rank
-# - 74,498 trained numbers turn MiniLM (23 million) into a sentiment model in a minute
+# - 74,498 trained numbers turn MiniLM (23 million) into a sentiment model, with 1,000 sentences
 # - opponents: the coin, *and* a linear probe on frozen features
-# - an adapter is two files: A and B by name, r and α in the config
+# - an adapter is two files: A and B by name; r and α in the config
 # - silent adapter? look at names, scale, factors, in this order
 # - SmolLM2, 135 million numbers: LoRA's start is a no-op, bit for bit

@@ -30,7 +30,6 @@
 # counts do not move. Nothing in this notebook asserts a timing.
 
 # %%
-import inspect
 import time
 import tracemalloc
 
@@ -51,21 +50,22 @@ from minilora.training import AdamW
 # gradients of x and of W. LoRA needs no gradient of W. The two others stay: the frozen W is still multiplied, twice.
 # That is the 2/3.
 #
-# How the branch is computed is a choice. *Thin*: the base product, and beside it two thin ones. *Formed*: W + s·B A is
-# made once, and then used forward and backward. Read how the library does both, and look for the products (`multiply`,
-# `product`, `add_products`). U = x Aᵀ and Z = s ȳ B are the two thin intermediate results, n × r.
-
-# %%
-print(inspect.getsource(LoRALinear.forward))
-print(inspect.getsource(LoRALinear.backward))
+# How the branch is computed is a choice. A bar means a gradient: ȳ (n, out) is the loss's gradient with respect to y.
+#
+# | | *thin*: the branch beside the base product | *formed*: W' = W + s·B A is made once |
+# |---|---|---|
+# | forward | U = x Aᵀ, y = x Wᵀ + s·U Bᵀ | y = x W'ᵀ |
+# | backward, to x | Z = s·ȳ B, x̄ = ȳ W + Z A | x̄ = ȳ W' |
+# | backward, to A and B | Ā = Zᵀ x, B̄ = s·ȳᵀ U | Z = s·ȳ B, Ā = Zᵀ x; U = x Aᵀ, B̄ = s·ȳᵀ U |
+#
+# U and Z are thin, n × r. The library has both ways in autograd/linear.py.
 
 # %% [markdown]
 # ### Exercise 09.1 · ●○○ · 8 min
 #
 # Count the multiply-adds of one step, forward and backward, on a layer W (out, in) with n tokens. x needs its gradient
-# too. Return three integers: full fine-tuning; LoRA in the *thin* order (the branch beside the base product); LoRA
-# *formed* (W + s·B A once, used forward and in x's gradient; A's and B's gradients come from the thin products U = x Aᵀ
-# and Z = ȳ B). Products only: adding and scaling do not count.
+# too. Return three integers: full fine-tuning; LoRA thin; LoRA formed (the product B A counts too). Products of matrices
+# only: adding and scaling do not count.
 #
 # <details><summary>Hint 1</summary>A product of (a, b) by (b, c) takes a·b·c multiply-adds.</details>
 # <details><summary>Hint 2</summary>Thin: A and B each stand in three small products. Formed: B A once, and two thin
