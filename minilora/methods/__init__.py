@@ -4,9 +4,11 @@
 from .adalora import AdaLoRA, AdaLoraConfig
 from .adalora_budget import RankAllocator
 from .bitfit import BitFit, BitFitConfig
+from .blocks import BlockWeight
 from .dora import DoRA
 from .four_bit import FourBit
 from .full import FullConfig, FullFineTuning
+from .ggml_blocks import GgmlBlocks
 from .houlsby import Houlsby, HoulsbyConfig
 from .ia3 import IA3, IA3Config
 from .loha import LoHa, LoHaConfig
@@ -26,9 +28,9 @@ from .vera import VeRA, VeraConfig
 from .vera_files import VeraFormat
 from .virtual_tokens import VirtualTokens
 
-__all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "DoRA", "FourBit", "FullConfig", "FullFineTuning",
-           "GateProx", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa", "LoHaConfig", "LoKr", "LoKrConfig",
-           "LoRABias", "LoRABiasEmbedding", "LoRAFA", "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA", "OwnBias", "PiSSA",
-           "PrefixTuning", "PrefixTuningConfig", "PromptTuning", "PromptTuningConfig", "RankAllocator", "SHiRA",
-           "ShiraConfig", "SoRA", "SoRAConfig", "TensorTrainConfig", "TensorTrainLoRA", "VeRA", "VeraConfig", "VeraFormat",
-           "VirtualTokens", "loftq", "loraplus_groups", "quantise"]
+__all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "BlockWeight", "DoRA", "FourBit", "FullConfig",
+           "FullFineTuning", "GateProx", "GgmlBlocks", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa", "LoHaConfig",
+           "LoKr", "LoKrConfig", "LoRABias", "LoRABiasEmbedding", "LoRAFA", "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA",
+           "OwnBias", "PiSSA", "PrefixTuning", "PrefixTuningConfig", "PromptTuning", "PromptTuningConfig", "RankAllocator",
+           "SHiRA", "ShiraConfig", "SoRA", "SoRAConfig", "TensorTrainConfig", "TensorTrainLoRA", "VeRA", "VeraConfig",
+           "VeraFormat", "VirtualTokens", "loftq", "loraplus_groups", "quantise"]
