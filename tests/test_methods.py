@@ -95,6 +95,7 @@ CASES = {
     "pissa_niter": Case(low_rank(init_lora_weights="pissa_niter_4"), lambda d, k: 2 * (d + k), thin=True),
     "milora": Case(low_rank(init_lora_weights="milora", lora_alpha=2), lambda d, k: 2 * (d + k), thin=True),
     "olora": Case(low_rank(init_lora_weights="olora"), lambda d, k: 2 * (d + k), thin=True),
+    "eva": Case(low_rank(init_lora_weights="eva", lora_alpha=3), lambda d, k: 2 * (d + k), thin=True),
     "ia3": Case(other(IA3Config), lambda d, k: d),
     "ia3-input": Case(other(IA3Config, feedforward_modules=["q_proj", "v_proj", "up_proj", "qkv_proj"]), lambda d, k: k),
     "vera": Case(other(VeraConfig, r=3), lambda d, k: 3 + d, thin=True),

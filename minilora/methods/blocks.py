@@ -1,7 +1,6 @@
-"""A frozen weight in blocks of a few bits, and how it takes the place of a dense one in a model.
+"""A frozen weight in blocks of a few bits, multiplied a part of its rows at a time, in the place of a dense one.
 
-It multiplies a part of its rows at a time, so that a dense copy of the whole never exists but in `dense()`, and a part dies
-with its product. Two threads decode where a part is large.
+A dense copy of the whole never exists but in `dense()`, and a part dies with its product.
 """
 
 from __future__ import annotations
@@ -112,10 +111,10 @@ class BlocksPacked(PackedLinear):
 def replace_weights(model: Transformer, new: Callable[[str, Any], Any]) -> None:
     """Freeze the model, and put new(path, layer) in the place of every linear weight but head and classifier."""
     model.freeze()
-    found: dict[str, Any] = {}
-    for path, _, layer in find_targets(model, TargetConfig(target_modules="all-linear")):
-        packed = isinstance(layer, PackedLinear)
-        found |= {path.replace("qkv_proj", n): b for n, b in layer.blocks.items()} if packed else {path: layer}
+    found: dict[str, Any] = {path: layer for path, _, layer in find_targets(model, TargetConfig(target_modules="all-linear"))}
+    for path, layer in [(path, layer) for path, layer in found.items() if isinstance(layer, PackedLinear)]:
+        found |= {path.replace("qkv_proj", name): block for name, block in layer.blocks.items()}
+        found.pop(path)
     for module in [module for _, module in model.named_modules()]:
         for name, layer in vars(module).items():
             if isinstance(layer, PackedLinear):
