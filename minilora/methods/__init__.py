@@ -26,6 +26,7 @@ from .residual import MiLoRA, OLoRA, PiSSA
 from .riemannian import Riemannian
 from .shira import SHiRA, ShiraConfig
 from .sora import GateProx, SoRA, SoRAConfig
+from .stacks import LoRAFAStack, ResidualStack
 from .tensor_train import TensorTrainConfig, TensorTrainLoRA
 from .vera import VeRA, VeraConfig
 from .vera_files import VeraFormat
@@ -33,8 +34,8 @@ from .virtual_tokens import VirtualTokens
 
 __all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "BlockWeight", "DoRA", "DynamicRank", "EVA", "FourBit",
            "FullConfig", "FullFineTuning", "GateProx", "GgmlBlocks", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa",
-           "LoHaConfig", "LoKr", "LoKrConfig", "LoRABias", "LoRABiasEmbedding", "LoRAFA", "LoRAFAdamW", "LoraFAConfig",
-           "MiLoRA", "OLoRA", "OwnBias", "PiSSA", "PrefixTuning", "PrefixTuningConfig", "PromptTuning", "PromptTuningConfig",
-           "RankAllocator", "Riemannian", "SHiRA", "ShiraConfig", "SoRA", "SoRAConfig", "TensorTrainConfig", "TensorTrainLoRA",
-           "VeRA", "VeraConfig", "VeraFormat", "VirtualTokens", "initialize_lora_eva_weights", "loftq", "loraplus_groups",
-           "quantise"]
+           "LoHaConfig", "LoKr", "LoKrConfig", "LoRABias", "LoRABiasEmbedding", "LoRAFA", "LoRAFAStack", "LoRAFAdamW",
+           "LoraFAConfig", "MiLoRA", "OLoRA", "OwnBias", "PiSSA", "PrefixTuning", "PrefixTuningConfig", "PromptTuning",
+           "PromptTuningConfig", "RankAllocator", "ResidualStack", "Riemannian", "SHiRA", "ShiraConfig", "SoRA", "SoRAConfig",
+           "TensorTrainConfig", "TensorTrainLoRA", "VeRA", "VeraConfig", "VeraFormat", "VirtualTokens",
+           "initialize_lora_eva_weights", "loftq", "loraplus_groups", "quantise"]

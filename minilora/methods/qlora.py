@@ -17,7 +17,7 @@ from ..lora.config import find_targets
 from ..lora.layer import dense
 from ..lora.svd import low_rank_factors
 from ..nn import PackedLinear, Transformer
-from .blocks import replace_weights
+from .block_layers import replace_weights
 from .four_bit import FourBit
 
 

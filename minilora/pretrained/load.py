@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..backend import host_rng, to_device, to_host
-from ..methods.blocks import replace_weights
+from ..methods.block_layers import replace_weights
 from ..methods.ggml_blocks import GgmlBlocks
 from ..nn import Transformer, TransformerConfig
 from ..nn.blocks import Init

@@ -17,7 +17,8 @@ from ..backend import to_device, to_host
 from ..lora import adapters_of, merge_and_unload
 from ..lora.files import load_adapter
 from ..lora.layer import changes, dense, strengthened
-from ..methods.blocks import BlockWeight, Rows
+from ..methods.block_layers import Rows
+from ..methods.blocks import BlockWeight
 from ..methods.four_bit import FourBit
 from ..methods.ggml_blocks import GgmlBlocks
 from ..nn import Transformer
