@@ -330,6 +330,18 @@ def test_only_a_thin_update_is_analysed(name):
     assert set(report.modules if CASES[name].thin else report.left_out) == set(adapters_of(model))
 
 
+@pytest.mark.parametrize("config", [
+    *(low_rank(r=D + 1, **fields) for fields in ({}, {"use_dora": True}, {"lora_bias": True}, *(
+        {"init_lora_weights": init} for init in ("pissa", "pissa_niter_2", "milora", "olora", "eva")))),
+    *(other(kind, r=D + 1) for kind in (LoraFAConfig, SoRAConfig, TensorTrainConfig)),
+    other(AdaLoraConfig, init_r=D + 1, target_r=2, total_step=10)])
+def test_a_rank_above_the_matrix_is_refused(config):
+    model = build()
+    with pytest.raises(ValueError, match=r"rank 9 on .*q_proj of shape \(8, 8\): expected at most 8") as caught:
+        add_adapter(model, config(["q_proj"]))
+    assert "\n" not in str(caught.value) and not model.adapter_configs
+
+
 def test_every_registered_method_is_in_the_suite():
     registered = {method for method, kind in METHODS if kind is Linear} - {"replace"}      # tables: test_virtual_tokens.py
     assert registered == {case.config(None).method for case in CASES.values()}
