@@ -121,7 +121,7 @@ def test_eva_whitened_and_refused():
         initialize_lora_eva_weights(model, [batch_of(0)], "new")
     assert all(layer.attn.qkv_proj.adaptation is None or not isinstance(layer.attn.qkv_proj.adaptation, InputPCA)
                for layer in model.layers)
-    with pytest.raises(ValueError, match="'eva' with no more; use_dora goes without"):
+    with pytest.raises(ValueError, match="'eva'; use_dora goes without"):
         LoraConfig(init_lora_weights="eva", use_dora=True)
 
 

@@ -87,8 +87,8 @@ class LoraConfig(TargetConfig):
         if self.bias not in ("none", "lora_only", "all") or not isinstance(self.lora_bias, bool):
             raise ValueError(f"bias = {self.bias!r}, lora_bias = {self.lora_bias!r}: expected none, lora_only or all; a bool")
         if ":" in self.method and (self.method, Linear) not in METHODS:
-            raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: expected True, False or 'gaussian'; or 'pissa', "
-                             "'pissa_niter_N', 'milora', 'olora', 'eva' with no more; use_dora goes without biases")
+            raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: expected True, False or 'gaussian', or without "
+                             "use_dora and biases 'pissa[_niter_N]', 'milora', 'olora', 'eva'; use_dora goes without biases")
 
     def rank(self, names: tuple[str, ...]) -> int:
         """The rank of the module that has these names."""
