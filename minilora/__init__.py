@@ -42,6 +42,7 @@ from .lora.files import load_adapter, save_adapter
 from .methods import (
     AdaLoraConfig,
     BitFitConfig,
+    DynamicRank,
     FullConfig,
     GateProx,
     HoulsbyConfig,
@@ -53,11 +54,13 @@ from .methods import (
     PrefixTuningConfig,
     PromptTuningConfig,
     RankAllocator,
+    Riemannian,
     ShiraConfig,
     SoRAConfig,
     TensorTrainConfig,
     VeraConfig,
     VirtualTokens,
+    initialize_lora_eva_weights,
     loftq,
     loraplus_groups,
     quantise,
@@ -69,19 +72,20 @@ from .pretrained.edit import compose, resize
 from .pretrained.extract import extract
 from .pretrained.merge import merge_checkpoint
 from .pretrained.params import params
+from .pretrained.requantise import requantised
 from .training import TrainConfig, sweep, train
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaLoraConfig", "BitFitConfig", "FullConfig", "GateProx", "GradcheckError", "HoulsbyConfig", "IA3Config", "LoHaConfig",
-    "LoKrConfig", "LoRAFAdamW", "LoraConfig", "LoraFAConfig", "Module", "Parameter", "PrefixTuningConfig", "PromptTuningConfig",
-    "RankAllocator", "ShiraConfig", "SoRAConfig", "Tensor", "TensorTrainConfig", "TrainConfig", "Transformer",
-    "TransformerConfig", "VeraConfig", "VirtualTokens", "add_adapter", "analyze", "array_module", "attention", "compose",
-    "count_parameters", "cross_entropy", "delete_adapter", "disable_adapter", "extract", "gelu", "gelu_tanh", "generate",
-    "gradcheck", "layer_norm", "left_padded", "linear", "load_adapter", "load_pretrained", "loftq", "log_softmax",
-    "lora_linear", "loraplus_groups", "merge_adapter", "merge_and_unload", "merge_checkpoint", "methods", "no_grad", "params",
-    "quantise", "rank", "reference", "resize", "rms_norm", "rotary", "save_adapter", "save_pretrained", "set_adapter",
-    "set_device", "set_scale", "silu", "softmax", "stream", "stream_text", "sweep", "swiglu", "tasks", "tensor", "to_device",
-    "to_host", "train", "training", "unmerge_adapter",
+    "AdaLoraConfig", "BitFitConfig", "DynamicRank", "FullConfig", "GateProx", "GradcheckError", "HoulsbyConfig", "IA3Config",
+    "LoHaConfig", "LoKrConfig", "LoRAFAdamW", "LoraConfig", "LoraFAConfig", "Module", "Parameter", "PrefixTuningConfig",
+    "PromptTuningConfig", "RankAllocator", "Riemannian", "ShiraConfig", "SoRAConfig", "Tensor", "TensorTrainConfig",
+    "TrainConfig", "Transformer", "TransformerConfig", "VeraConfig", "VirtualTokens", "add_adapter", "analyze", "array_module",
+    "attention", "compose", "count_parameters", "cross_entropy", "delete_adapter", "disable_adapter", "extract", "gelu",
+    "gelu_tanh", "generate", "gradcheck", "initialize_lora_eva_weights", "layer_norm", "left_padded", "linear", "load_adapter",
+    "load_pretrained", "loftq", "log_softmax", "lora_linear", "loraplus_groups", "merge_adapter", "merge_and_unload",
+    "merge_checkpoint", "methods", "no_grad", "params", "quantise", "rank", "reference", "requantised", "resize", "rms_norm",
+    "rotary", "save_adapter", "save_pretrained", "set_adapter", "set_device", "set_scale", "silu", "softmax", "stream",
+    "stream_text", "sweep", "swiglu", "tasks", "tensor", "to_device", "to_host", "train", "training", "unmerge_adapter",
 ]

@@ -117,6 +117,7 @@ def _file_verbs(verbs: Any) -> None:
                   "minilora merge llama-7b my-adapter -o merged")
     merge.add_argument("base", help="a folder with model.safetensors, or shards and their index; or a hub id, or minilm-l6")
     merge.add_argument("directory", help="the adapter's folder")
+    merge.add_argument("--dequantise", action="store_true", help="write a base in 4 bits, a GGUF file, merged in float32")
     merge.add_argument("--untie", action="store_true", help="give a tied head a tensor of its own")
 
     resize = _verb(verbs, "resize", _resize, "cut an adapter to a lower rank",
@@ -275,7 +276,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    _print(merge_checkpoint(args.base, args.directory, args.out, untie=args.untie, force=args.force, progress=True), args)
+    _print(merge_checkpoint(args.base, args.directory, args.out, untie=args.untie, force=args.force,
+                            dequantise=args.dequantise, progress=True), args)
 
 
 def _resize(args: argparse.Namespace) -> None:

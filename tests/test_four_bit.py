@@ -12,7 +12,7 @@ from minilora.autograd import gradcheck
 from minilora.backend import to_device, to_host
 from minilora.lora import adapters_of, add_adapter, disable_adapter, merge_adapter
 from minilora.lora.layer import dense
-from minilora.methods import four_bit
+from minilora.methods import blocks
 from minilora.methods.codes import byte_values, code_values, nearest
 from minilora.methods.four_bit import FourBit
 
@@ -46,7 +46,7 @@ def test_every_number_gets_the_nearest_code(device, rng, quant_type):
 @pytest.mark.parametrize("shape", [(5, 3), (1, 64), (7, 65), (64, 1), (130, 200), (3, 128)], ids=str)
 @pytest.mark.parametrize("double", [True, False])
 def test_products_by_parts_are_those_of_the_dense_weight(device, rng, shape, double, monkeypatch):
-    monkeypatch.setattr(four_bit, "ROWS", 300)             # several parts, which begin and end inside blocks
+    monkeypatch.setattr(blocks, "ROWS", 300)             # several parts, which begin and end inside blocks
     W = FourBit(to_device(rng.standard_normal(shape)), double_quant=double)
     whole = to_host(W.dense())
     assert whole.shape == shape == W.shape

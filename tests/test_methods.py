@@ -93,6 +93,7 @@ CASES = {
     "pissa_niter": Case(low_rank(init_lora_weights="pissa_niter_4"), lambda d, k: 2 * (d + k), thin=True),
     "milora": Case(low_rank(init_lora_weights="milora", lora_alpha=2), lambda d, k: 2 * (d + k), thin=True),
     "olora": Case(low_rank(init_lora_weights="olora"), lambda d, k: 2 * (d + k), thin=True),
+    "eva": Case(low_rank(init_lora_weights="eva", lora_alpha=3), lambda d, k: 2 * (d + k), thin=True),
     "ia3": Case(other(IA3Config), lambda d, k: d),
     "ia3-input": Case(other(IA3Config, feedforward_modules=["q_proj", "v_proj", "up_proj", "qkv_proj"]), lambda d, k: k),
     "vera": Case(other(VeraConfig, r=3), lambda d, k: 3 + d, thin=True),
@@ -312,6 +313,18 @@ def test_only_a_thin_update_is_analysed(name):
     model = add(build(), name)
     report = analyze(model)
     assert set(report.modules if CASES[name].thin else report.left_out) == set(adapters_of(model))
+
+
+@pytest.mark.parametrize("config", [
+    *(low_rank(r=D + 1, **fields) for fields in ({}, {"use_dora": True}, {"lora_bias": True}, *(
+        {"init_lora_weights": init} for init in ("pissa", "pissa_niter_2", "milora", "olora", "eva")))),
+    *(other(kind, r=D + 1) for kind in (LoraFAConfig, SoRAConfig, TensorTrainConfig)),
+    other(AdaLoraConfig, init_r=D + 1, target_r=2, total_step=10)])
+def test_a_rank_above_the_matrix_is_refused(config):
+    model = build()
+    with pytest.raises(ValueError, match=r"rank 9 on .*q_proj of shape \(8, 8\): expected at most 8") as caught:
+        add_adapter(model, config(["q_proj"]))
+    assert "\n" not in str(caught.value) and not model.adapter_configs
 
 
 def test_every_registered_method_is_in_the_suite():

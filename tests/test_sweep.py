@@ -14,8 +14,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from minilora.autograd import log_softmax
 from minilora.backend import current_device, set_device, to_device, to_host
 from minilora.lora import LoraConfig, adapters_of, add_adapter, delete_adapter, merge_adapter, set_adapter, unmerge_adapter
+from minilora.methods import LoraFAConfig, loraplus_groups
 from minilora.nn import Transformer, TransformerConfig
-from minilora.training import TrainConfig, mean_loss, sweep, task_batches, train
+from minilora.training import AdamW, TrainConfig, mean_loss, sweep, task_batches, train
 from minilora.training.sweep import LoRAStack, bytes_per_cell
 
 VOCAB = 13
@@ -96,6 +97,55 @@ def test_other_starts_are_drawn_as_alone(init):
     configs = [lora(2, init_lora_weights=init), lora(4, init_lora_weights=init)]
     result = sweep(model, task, configs, seeds=(3, 4), train=config, evaluate=VALID)
     assert_equals_alone(model, task, configs, (3, 4), (1e-2,), config, result)
+
+
+@pytest.mark.parametrize("B, T", [(3, 8), (1, 4)], ids=["weights formed", "thin products"])
+def test_starts_taken_from_the_weight_stand_side_by_side_as_alone(device, B, T):
+    """PiSSA exact and randomised, MiLoRA, OLoRA and plain LoRA, of different ranks, in one run."""
+    model, task = base_model(), task_of(B, T)
+    config = quiet(steps=3 if device == "fake" else 10, warmup=2, weight_decay=0.1, clip=0.4)
+    configs = [lora(2, init_lora_weights="pissa"), lora(4, init_lora_weights="pissa_niter_3"), lora(3),
+               lora(1, init_lora_weights="milora", use_rslora=True), lora(5, init_lora_weights="olora", lora_alpha=2)]
+    result = sweep(model, task, configs, seeds=(0, 3), lrs=(2e-3,), train=config, evaluate=VALID)
+    assert_equals_alone(model, task, configs, (0, 3), (2e-3,), config, result)
+    result.install(model, 0)
+    assert mean_loss(model, VALID) == pytest.approx(result.rows[0]["eval_loss"], rel=1e-10)
+
+
+def test_rows_beyond_a_rank_stay_zero_with_starts_from_the_weight(monkeypatch):
+    stacks, plain = [], LoRAStack.unstacked
+    monkeypatch.setattr(LoRAStack, "unstacked", lambda self: stacks.append(self) or plain(self))
+    sweep(base_model("float32"), task_of(2, 6), [lora(1, init_lora_weights="pissa"), lora(4)], train=quiet(weight_decay=0.1))
+    assert len(stacks) == 2 * len(TARGETS)
+    for stack in stacks:
+        assert not stack.lora_A.data[0, 1:].any() and not stack.lora_B.data[0, :, 1:].any() and not stack.A0[1].any()
+        assert stack.lora_A.data[1].all() and stack.A0[0, 0].all()
+
+
+def test_lora_fa_as_alone(device):
+    """A stays as it was drawn, to the bit, and only B counts as trained."""
+    model, task, config = base_model(), task_of(2, 5), quiet(steps=4, clip=0.3, weight_decay=0.1)
+    configs = [LoraFAConfig(r=r, lora_alpha=8, target_modules=TARGETS) for r in (2, 3)]
+    result = sweep(model, task, configs, seeds=(0, 1), train=config, evaluate=VALID)
+    assert_equals_alone(model, task, configs, (0, 1), (1e-2,), config, result)
+    add_adapter(model, configs[1], "again", seed=1)
+    for path, adapter in adapters_of(model, "again").items():
+        assert_array_equal(result.adapter(3).parameters[path]["lora_A"], to_host(adapter.lora_A))
+    assert result.rows[3]["parameters"] == sum(a.lora_B.size for a in adapters_of(model, "again").values())
+
+
+def test_lora_plus_as_alone(device):
+    model, task, config = base_model(), task_of(2, 5), quiet(steps=4, clip=0.3, weight_decay=0.1, warmup=2)
+    result = sweep(model, task, [lora(2), lora(3)], seeds=(0, 1), lrs=(1e-3, 4e-3), train=config, loraplus_lr_ratio=8.0)
+    for k, (r, seed, lr) in enumerate((r, seed, lr) for r in (2, 3) for seed in (0, 1) for lr in (1e-3, 4e-3)):
+        add_adapter(model, lora(r), "alone", seed=seed)
+        optimizer = AdamW(loraplus_groups(model, lr, 8.0, loraplus_weight_decay=0.1))
+        history = train(model, task_batches(task, seed), config, optimizer=optimizer)
+        assert_allclose(result.losses[:, k], history.loss, rtol=1e-10)
+        for path, adapter in adapters_of(model, "alone").items():
+            for name, p in adapter.named_parameters():
+                assert_allclose(result.adapter(k).parameters[path][name], to_host(p), rtol=1e-9, atol=1e-12)
+        delete_adapter(model, "alone")
 
 
 @pytest.mark.parametrize("make", [TransformerConfig.gpt2, TransformerConfig.bert])
@@ -330,6 +380,10 @@ def test_the_estimate_of_memory_is_near_the_measured_one(targets, B, T):
     ([lora(2), lora(2, target_modules=["q_proj"])], {}, "cell 1 differs from cell 0 in whether it adapts layers.0.attn.o_proj"),
     ([lora(2, target_modules=["embed"])], {}, "embed has a LoRAEmbedding, which cannot be stacked"),
     ([lora(99)], {}, "rank 99"),
+    ([lora(2, use_dora=True)], {}, "has a DoRA, which cannot be stacked"),
+    ([lora(2, init_lora_weights="eva")], {}, "has a EVA, which cannot be stacked"),
+    ([lora(2), LoraFAConfig(r=2, target_modules=TARGETS)], {}, "cell 1 has a LoRAFA on .* where cell 0 has a LoRA"),
+    ([lora(2)], {"loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio = 0.5, expected at least 1"),
     ([lora(2)], {"train": quiet(eval_every=1, patience=2)}, "train.patience = 2, expected None"),
     ([lora(2)], {"train": quiet(checkpoint="x")}, "train.checkpoint = 'x', expected None"),
     ([lora(2)], {"evaluate": []}, "evaluate: got no batches"),

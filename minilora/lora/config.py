@@ -50,10 +50,10 @@ class LoraConfig(TargetConfig):
     r: the rank; lora_alpha α: the update is scaled by s = α/r, or α/√r with use_rslora (arXiv:2312.03732). lora_dropout: on
     the branch's input, in training. rank_pattern, alpha_pattern: module name or regex -> r or α where they differ.
     init_lora_weights: True (A uniform in ±1/√in, B = 0), "gaussian" (A normal with standard deviation 1/r, B = 0), False
-    (B random too, to test), or a start that methods/ takes from W: "pissa", "pissa_niter_N", "milora", "olora". use_dora: DoRA
-    (arXiv:2402.09353) in place of LoRA; detach_norm: its norm is no part of the gradient, as in PEFT. bias: copies of the
-    base's biases are trained and saved along, "lora_only" of the adapted layers or "all", layer norms too; lora_bias: so is a
-    bias of B, in y = W x + b + s·(B A x + c). Both go with plain LoRA.
+    (B random too, to test), or a start that methods/ takes from W: "pissa", "pissa_niter_N", "milora", "olora"; or from data:
+    "eva". use_dora: DoRA (arXiv:2402.09353) in place of LoRA; detach_norm: its norm is no part of the gradient, as in PEFT.
+    bias: copies of the base's biases are trained and saved along, "lora_only" of the adapted layers or "all", layer norms too;
+    lora_bias: so is a bias of B, in y = W x + b + s·(B A x + c). Both go with plain LoRA.
 
     Raises ValueError, naming the field, for values out of range.
     """
@@ -88,7 +88,7 @@ class LoraConfig(TargetConfig):
             raise ValueError(f"bias = {self.bias!r}, lora_bias = {self.lora_bias!r}: expected none, lora_only or all; a bool")
         if ":" in self.method and (self.method, Linear) not in METHODS:
             raise ValueError(f"init_lora_weights = {self.init_lora_weights!r}: expected True, False or 'gaussian', or without "
-                             "use_dora and biases 'pissa', 'pissa_niter_N', 'milora' or 'olora'; use_dora goes without biases")
+                             "use_dora and biases 'pissa[_niter_N]', 'milora', 'olora', 'eva'; use_dora goes without biases")
 
     def rank(self, names: tuple[str, ...]) -> int:
         """The rank of the module that has these names."""

@@ -133,7 +133,7 @@ def wanted_modules(model: Transformer, options: dict[str, Any], files: dict[str,
 
 def _fitted(model: Transformer, file: str, layer: Any, entry: dict[str, Any]) -> list[np.ndarray]:
     """The entry's arrays in the order of the adapter's parameters and in the base's dtype, checked to fit the base."""
-    shape, dtype, bias = tuple(layer.weight.shape), layer.weight.dtype, getattr(layer, "bias", None)
+    shape, dtype, bias = tuple(layer.weight.shape), getattr(layer, "dtype", model.embed.weight.dtype), layer.bias
     flip = stored_transposed(model.cfg, file)
     entry = {key: array.T if flip and key.endswith("weight") else array for key, array in entry.items()}
     for key, own in ("base_weight", layer.weight), ("base_bias", bias):

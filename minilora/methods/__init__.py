@@ -4,9 +4,13 @@
 from .adalora import AdaLoRA, AdaLoraConfig
 from .adalora_budget import RankAllocator
 from .bitfit import BitFit, BitFitConfig
+from .blocks import BlockWeight
 from .dora import DoRA
+from .dynamic_rank import DynamicRank
+from .eva import EVA, initialize_lora_eva_weights
 from .four_bit import FourBit
 from .full import FullConfig, FullFineTuning
+from .ggml_blocks import GgmlBlocks
 from .houlsby import Houlsby, HoulsbyConfig
 from .ia3 import IA3, IA3Config
 from .loha import LoHa, LoHaConfig
@@ -19,16 +23,19 @@ from .prefix_tuning import PrefixTuning, PrefixTuningConfig
 from .prompt_tuning import PromptTuning, PromptTuningConfig
 from .qlora import loftq, quantise
 from .residual import MiLoRA, OLoRA, PiSSA
+from .riemannian import Riemannian
 from .shira import SHiRA, ShiraConfig
 from .sora import GateProx, SoRA, SoRAConfig
+from .stacks import LoRAFAStack, ResidualStack
 from .tensor_train import TensorTrainConfig, TensorTrainLoRA
 from .vera import VeRA, VeraConfig
 from .vera_files import VeraFormat
 from .virtual_tokens import VirtualTokens
 
-__all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "DoRA", "FourBit", "FullConfig", "FullFineTuning",
-           "GateProx", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa", "LoHaConfig", "LoKr", "LoKrConfig",
-           "LoRABias", "LoRABiasEmbedding", "LoRAFA", "LoRAFAdamW", "LoraFAConfig", "MiLoRA", "OLoRA", "OwnBias", "PiSSA",
-           "PrefixTuning", "PrefixTuningConfig", "PromptTuning", "PromptTuningConfig", "RankAllocator", "SHiRA",
-           "ShiraConfig", "SoRA", "SoRAConfig", "TensorTrainConfig", "TensorTrainLoRA", "VeRA", "VeraConfig", "VeraFormat",
-           "VirtualTokens", "loftq", "loraplus_groups", "quantise"]
+__all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "BlockWeight", "DoRA", "DynamicRank", "EVA", "FourBit",
+           "FullConfig", "FullFineTuning", "GateProx", "GgmlBlocks", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa",
+           "LoHaConfig", "LoKr", "LoKrConfig", "LoRABias", "LoRABiasEmbedding", "LoRAFA", "LoRAFAStack", "LoRAFAdamW",
+           "LoraFAConfig", "MiLoRA", "OLoRA", "OwnBias", "PiSSA", "PrefixTuning", "PrefixTuningConfig", "PromptTuning",
+           "PromptTuningConfig", "RankAllocator", "ResidualStack", "Riemannian", "SHiRA", "ShiraConfig", "SoRA", "SoRAConfig",
+           "TensorTrainConfig", "TensorTrainLoRA", "VeRA", "VeraConfig", "VeraFormat", "VirtualTokens",
+           "initialize_lora_eva_weights", "loftq", "loraplus_groups", "quantise"]

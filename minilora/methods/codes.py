@@ -29,6 +29,14 @@ def code_values(quant_type: str) -> np.ndarray:            # -> (16,), the value
 
 
 @cache
+def code_pairs(quant_type: str, dtype: str) -> np.ndarray:         # -> (256,)
+    """byte -> the values of its two codes, the high bits' first, side by side in one complex number."""
+    values = code_values(quant_type).astype(dtype)
+    pairs = np.stack([np.repeat(values, 16), np.tile(values, 16)], axis=1)
+    return pairs.view(np.result_type(dtype, np.complex64)).reshape(-1)
+
+
+@cache
 def byte_values() -> np.ndarray:                           # -> (256,), sorted
     """bitsandbytes' dynamic 8-bit code, in which the scales are stored: seven powers of ten, each finer than the one below."""
     values = [0.0, 1.0]

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import numpy as np
-
 from ..backend import Array, array_module, device_of, to_device
-from ..nn import Module
-from .codes import byte_values, code_values, nearest
+from .blocks import BlockWeight
+from .codes import byte_values, code_pairs, code_values, nearest
 
 BLOCK, OUTER = 64, 256                                     # numbers for a scale, scales for a scale of scales
-ROWS = 1 << 20                                             # numbers that are dense at one time
 
 
-class FourBit(Module):
+class FourBit(BlockWeight):
     """W (out, in) as codes: W_i ≈ c_b · value[code_i] for the i-th number, in block b = i // 64, with c_b = max |W| of it.
 
     0.5 bytes a number, and 4/64 for c in float32. double_quant stores c - mean(c) in 8 bits with a scale for 256 of them
-    instead: 1/64 + 4/(64·256), together 0.516 bytes. It multiplies a part of its rows at a time, so that a dense copy of the
-    whole never exists but in `dense()`.
+    instead: 1/64 + 4/(64·256), together 0.516 bytes.
     """
+
+    size = BLOCK
 
     def __init__(self, W: Array, quant_type: str = "nf4", double_quant: bool = True) -> None:
         xp = array_module(W)
@@ -49,43 +46,20 @@ class FourBit(Module):
         """Bytes of everything that is stored."""
         return self.codes.nbytes + self.scales.nbytes + (0 if self.outer is None else self.outer.nbytes + 4)
 
-    def block_scales(self) -> Array:                       # -> (blocks,)
-        """c of every block."""
+    def block_scales(self, blocks: slice) -> Array:        # -> (n,)
+        """c of some blocks."""
         if self.outer is None:
-            return self.scales.astype(self.compute_dtype)
+            return self.scales[blocks].astype(self.compute_dtype)
         xp = array_module(self.codes)
         table = to_device(byte_values().astype(self.compute_dtype), device_of(self.codes).name)
-        return table[self.scales] * xp.repeat(self.outer, OUTER)[: len(self.scales)].astype(self.compute_dtype) + self.mean
+        outer = self.outer[xp.arange(blocks.start, blocks.stop) // OUTER].astype(self.compute_dtype)
+        return table[self.scales[blocks]] * outer + self.mean
 
-    def rows(self, start: int, stop: int, scales: Array) -> Array:         # -> (stop - start, in)
-        """Some rows, dense. They may begin and end inside a block."""
-        d_in = self.shape[1]
-        first, last = start * d_in // BLOCK, -(-stop * d_in // BLOCK)
-        values = code_values(self.quant_type).astype(self.compute_dtype)
-        pairs = np.stack([np.repeat(values, 16), np.tile(values, 16)], axis=1)             # byte -> its two values
-        table = to_device(pairs, device_of(self.codes).name)
-        dense = table[self.codes[first * BLOCK // 2 : last * BLOCK // 2]].reshape(-1, BLOCK) * scales[first:last, None]
-        skip = start * d_in - first * BLOCK
-        return dense.reshape(-1)[skip : skip + (stop - start) * d_in].reshape(-1, d_in)
-
-    def parts(self) -> Any:
-        """(rows, their dense weight), a few at a time."""
-        step, scales = max(1, math.ceil(ROWS / self.shape[1])), self.block_scales()
-        for start in range(0, self.shape[0], step):
-            stop = min(start + step, self.shape[0])
-            yield slice(start, stop), self.rows(start, stop, scales)
-
-    def dense(self) -> Array:                              # -> (out, in)
-        return array_module(self.codes).concatenate([part for _, part in self.parts()])
-
-    def linear(self, x: Array) -> Array:                   # (..., in) -> (..., out)
-        y = array_module(x).empty((*x.shape[:-1], self.shape[0]), dtype=x.dtype)
-        for rows, W in self.parts():
-            y[..., rows] = x @ W.T
-        return y
-
-    def linear_grad(self, dy: Array) -> Array:             # (..., out) -> (..., in)
-        return sum(dy[..., rows] @ W for rows, W in self.parts())
+    def decode(self, blocks: slice, out: Array) -> None:   # out (n, 64)
+        """Both values of a byte are taken from a table at once, as if they were one complex number; then the scales."""
+        table = to_device(code_pairs(self.quant_type, str(out.dtype)), device_of(self.codes).name)
+        pairs = table[self.codes[blocks.start * BLOCK // 2 : blocks.stop * BLOCK // 2]]
+        array_module(out).multiply(pairs.view(out.dtype).reshape(-1, BLOCK), self.block_scales(blocks)[:, None], out=out)
 
     def move(self, device: str) -> None:
         self.codes, self.scales = to_device(self.codes, device), to_device(self.scales, device)

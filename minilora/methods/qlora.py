@@ -11,61 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 from ..autograd import Tensor
-from ..backend import Array, array_module, to_device
+from ..backend import array_module
 from ..lora import LoraConfig, TargetConfig, adapter_names, adapters_of, add_adapter
 from ..lora.config import find_targets
 from ..lora.layer import dense
 from ..lora.svd import low_rank_factors
-from ..nn import Linear, PackedLinear, Transformer
+from ..nn import PackedLinear, Transformer
+from .block_layers import replace_weights
 from .four_bit import FourBit
-
-
-class Rows:
-    """The weights of q, k and v as one weight (3D, in): each stays in 4 bits, and they multiply one after the other."""
-
-    def __init__(self, blocks: list[FourBit]) -> None:
-        self.blocks, self.compute_dtype = blocks, blocks[0].compute_dtype
-        self.shape = sum(b.shape[0] for b in blocks), blocks[0].shape[1]
-
-    def dense(self) -> Array:
-        return array_module(self.blocks[0].codes).concatenate([b.dense() for b in self.blocks])
-
-    def linear(self, x: Array) -> Array:
-        return array_module(x).concatenate([b.linear(x) for b in self.blocks], axis=-1)
-
-    def linear_grad(self, dy: Array) -> Array:
-        total, start = None, 0
-        for b in self.blocks:
-            part = b.linear_grad(dy[..., start : start + b.shape[0]])
-            total, start = part if total is None else total + part, start + b.shape[0]
-        return total
-
-
-class QuantisedPacked(PackedLinear):
-    """A PackedLinear whose blocks are in 4 bits. The blocks (and the adapters that will sit on them) are the old ones."""
-
-    def __init__(self, old: PackedLinear, quant_type: str, double_quant: bool) -> None:
-        self.packed_weight, self.packed_bias, self.sizes = None, old.packed_bias, old.sizes
-        self.blocks, self.adaptation = old.blocks, None
-        for block in self.blocks.values():
-            block.weight = FourBit(block.weight.data, quant_type, double_quant)
-
-    @property
-    def weight(self) -> Any:
-        return Rows([b.weight for b in self.blocks.values()])
-
-    def parts(self) -> list[tuple[slice, Linear]]:
-        slices = self._slices()
-        return [(slice(0, sum(self.sizes.values())), self), *((slices[n], b) for n, b in self.blocks.items())]
-
-    def move(self, device: str) -> None:
-        self.packed_bias = None if self.packed_bias is None else to_device(self.packed_bias, device)
-        self._view_blocks()
-
-    def _view_blocks(self) -> None:
-        if self.packed_bias is not None:
-            for name, block in self._slices().items():
-                self.blocks[name].bias.data = self.packed_bias[block]
 
 
 def quantise(model: Transformer, quant_type: str = "nf4", double_quant: bool = True) -> Transformer:
@@ -78,14 +31,7 @@ def quantise(model: Transformer, quant_type: str = "nf4", double_quant: bool = T
     layers: list[Any] = [layer for _, _, layer in find_targets(model, TargetConfig(target_modules="all-linear"))]
     if not all(isinstance(layer.weight, Tensor) for layer in layers):
         raise ValueError("quantise: got a model that is quantised already, expected dense weights")
-    model.freeze()
-    packed = [(module, name, layer) for _, module in model.named_modules() for name, layer in vars(module).items()
-              if isinstance(layer, PackedLinear)]
-    for module, name, layer in packed:
-        setattr(module, name, QuantisedPacked(layer, quant_type, double_quant))
-    for layer in layers:
-        if not isinstance(layer, PackedLinear) and isinstance(layer.weight, Tensor):
-            layer.weight = FourBit(layer.weight.data, quant_type, double_quant)
+    replace_weights(model, lambda path, layer: FourBit(layer.weight.data, quant_type, double_quant))
     return model
 
 

@@ -148,21 +148,29 @@ class GgufFile:
             "rope_parameters": rope, "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
             "tie_word_embeddings": "lm_head.weight" not in self.shapes}, self.path, **options)
 
+    def blocks(self, key: str) -> tuple[np.ndarray, str]:  # -> (rows, bytes of a row) uint8, type
+        """A matrix in the blocks of the file, the rows of q and k back in their places, and the name of its type."""
+        (rows, _), kind, _ = self.tensors[key]
+        return self._raw(key, 0, rows), kind.name
+
     def rows(self, key: str, start: int, stop: int, transposed: bool = False) -> np.ndarray:
         """Rows of a tensor as float32, those of q and k back in their places."""
+        shape, kind, _ = self.tensors[key]
+        with np.errstate(all="ignore"):                    # what is not finite is reported below
+            values = self.quants.dequantize(self._raw(key, start, stop), kind)
+        return finite(values.reshape(stop - start, *shape[1:]), f"{self.path}: {key}")
+
+    def _raw(self, key: str, start: int, stop: int) -> np.ndarray:
+        """The bytes of some rows; of a vector's numbers, those of some numbers."""
         shape, kind, offset = self.tensors[key]
         block, size = self.sizes[kind]
         width = shape[-1] // block * size
         raw = np.frombuffer(self.map, np.uint8, math.prod(shape[:-1]) * width, offset)
         if ".q_proj." in key or ".k_proj." in key:
-            raw = raw.reshape(shape[0], -1)[self._order(key, shape[0])[start:stop]]
-        elif len(shape) > 1:
-            raw = raw.reshape(shape[0], -1)[start:stop]
-        else:
-            raw = raw[start * width // shape[0] : stop * width // shape[0]]
-        with np.errstate(all="ignore"):                    # what is not finite is reported below
-            values = self.quants.dequantize(raw, kind)
-        return finite(values.reshape(stop - start, *shape[1:]), f"{self.path}: {key}")
+            return raw.reshape(shape[0], -1)[self._order(key, shape[0])[start:stop]]
+        if len(shape) > 1:
+            return raw.reshape(shape[0], -1)[start:stop]
+        return raw[start * width // shape[0] : stop * width // shape[0]]
 
     def _order(self, key: str, rows: int) -> np.ndarray:
         """Which stored row is row 0, 1, … of q or k.

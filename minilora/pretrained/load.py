@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..backend import host_rng, to_device, to_host
+from ..methods.block_layers import replace_weights
+from ..methods.ggml_blocks import GgmlBlocks
 from ..nn import Transformer, TransformerConfig
 from ..nn.blocks import Init
 from ..nn.names import file_keys, file_names, root, stored_transposed, unused
@@ -23,8 +25,8 @@ from .tokenizer import Tokenizer, read_tokenizer
 
 
 def load_pretrained(source: str | os.PathLike[str], *, head: str | None = None, n_labels: int | None = None,
-                    dropout: float | None = None, dtype: str = "float32",
-                    seed: int = 0) -> tuple[Transformer, Tokenizer | None]:
+                    dropout: float | None = None, dtype: str = "float32", seed: int = 0,
+                    quantised: bool = False) -> tuple[Transformer, Tokenizer | None]:
     """(model, tokenizer) of a pretrained model; the model in evaluation mode, every parameter trainable.
 
     source: a folder in Hugging Face layout (gpt2, bert, roberta, distilbert, llama, mistral, qwen2; sentence-transformers
@@ -34,7 +36,9 @@ def load_pretrained(source: str | os.PathLike[str], *, head: str | None = None, 
     head: "lm", "sequence", "token", or "none" for the hidden states; by default what the model was saved with, and "none"
     for a masked language model. n_labels: for a new classifier, drawn from `seed`, whatever head the files have (the head is
     then "sequence" unless it is given); model.drawn lists what was drawn. dropout: in place of the config's. dtype: "float32",
-    or "float64" for checks.
+    or "float64" for checks. quantised: of a GGUF file in Q4_0 or Q4_1 keep the linear weights (but head and classifier) in its
+    blocks, 0.56 or 0.63 bytes a number: the same model number for number, with a frozen base, for QLoRA. (Of other files, load
+    the weights and `quantise` them.)
 
     Raises FileNotFoundError for what is not there, ImportError for a library that is not installed, and ValueError, with one
     line that says what was got and what was expected, for files that are not as they should be.
@@ -45,17 +49,21 @@ def load_pretrained(source: str | os.PathLike[str], *, head: str | None = None, 
         from .gguf_file import GgufFile
         from .gguf_tokenizer import gguf_tokenizer
         gguf = GgufFile(where)
-        model = build(gguf.config(**options), gguf, where, dtype, seed, fresh=n_labels is not None)
+        model = build(gguf.config(**options), gguf, where, dtype, seed, fresh=n_labels is not None, quantised=quantised)
         return model, gguf_tokenizer(gguf.metadata, where, model.cfg.vocab_size)
+    if quantised:
+        raise ValueError(f"quantised = True for {where}, expected a GGUF file in Q4_0 or Q4_1: load it without, then "
+                         "quantise(model)")
     found = read_json(where / "config.json")
     cfg = from_hf(found, where / "config.json", **options)                         # type: ignore[arg-type]
     tokenizer = read_tokenizer(where, found, cfg.vocab_size)
     return build(cfg, open_weights(where), where, dtype, seed, fresh=n_labels is not None), tokenizer
 
 
-def build(cfg: TransformerConfig, source: Source, where: Any, dtype: str = "float32", seed: int = 0,
-          fresh: bool = False) -> Transformer:
-    """A Transformer with the numbers of a source. fresh: its classifier is a new one, whatever the source holds.
+def build(cfg: TransformerConfig, source: Any, where: Any, dtype: str = "float32", seed: int = 0, fresh: bool = False,
+          quantised: bool = False) -> Transformer:
+    """A Transformer with the numbers of a `Source`. fresh: its classifier is a new one, whatever the source holds. quantised:
+    linear weights stay in the blocks of the source, a GgufFile.
 
     Raises ValueError if a tensor is missing, left over, of another shape, or not finite.
     """
@@ -71,6 +79,11 @@ def build(cfg: TransformerConfig, source: Source, where: Any, dtype: str = "floa
     plan = file_keys(cfg, parameters.keys() - new)
     _compare(cfg, {name: _shape(cfg, name, [parameters[path].shape for path in paths]) for name, paths in plan.items()}, shapes,
              where)
+    if quantised:
+        held = {path: keys[name] for name, (path, *_) in plan.items()}
+        replace_weights(model, lambda path, layer: _in_blocks(source, held[f"{path}.weight"], dtype, where))
+        parameters = dict(model.named_parameters())
+        plan = {name: paths for name, paths in plan.items() if paths[0] in parameters}
     for name, paths in plan.items():
         row = 0
         for path in paths:
@@ -88,6 +101,18 @@ def build(cfg: TransformerConfig, source: Source, where: Any, dtype: str = "floa
         parameters[path].data[...] = init.normal(*parameters[path].shape)
     model.drawn = sorted(new)
     return model.eval()
+
+
+def _in_blocks(source: Any, key: str, dtype: str, where: Any) -> GgmlBlocks:
+    """A linear weight in the blocks of a GGUF file."""
+    raw, kind = source.blocks(key)
+    try:
+        return GgmlBlocks(to_device(np.array(raw)), kind, dtype)
+    except ValueError as error:
+        raise ValueError(f"{where}: {key} has {error}") from None
+    finally:
+        del raw
+        source.release()
 
 
 def standard_keys(cfg: TransformerConfig, keys: Iterable[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from tqdm.std import tqdm
 from ..lora.peft_format import DTYPES
 from .adapters import AdapterFolder, EditReport, relative
 from .hub import located
+from .requantise import merge_gguf
 from .tensors import INDEX, Checkpoint, TensorFile, TensorWriter, encode, new_folder
 
 ROWS = 1 << 22                                             # elements of a block of rows: what a merge holds beside one tensor
@@ -30,7 +31,8 @@ BIASES = ("lora_bias", "bias")                             # options of an adapt
 
 
 def merge_checkpoint(base: str | os.PathLike[str], directory: str | os.PathLike[str], out: str | os.PathLike[str], *,
-                     untie: bool = False, force: bool = False, progress: bool = False) -> EditReport:
+                     untie: bool = False, force: bool = False, progress: bool = False,
+                     dequantise: bool = False) -> EditReport:
     """Write to `out` the checkpoint `base` with the adapter of `directory` merged in; of any model, without its code.
 
     base: a folder with model.safetensors, or shards and their index; or a name, as for load_pretrained. Every tensor keeps its
@@ -39,7 +41,8 @@ def merge_checkpoint(base: str | os.PathLike[str], directory: str | os.PathLike[
     biases (bias "lora_only" or "all") replace theirs, and so do modules saved whole, or are added where the base has none (a
     new classifier). Other files of the base are copied; weights in other formats are not, since they would be those of the
     base. untie: give a tied head its own tensor, so that an adapter on the table (or on the head) changes that one alone.
-    force: replace a checkpoint in `out`.
+    force: replace a checkpoint in `out`. dequantise: for a base that is a GGUF file, whose 4 bits cannot hold the merge (see
+    `merge_gguf`).
 
     The report has for each module norm = ‖ΔW‖_F, kept = ⟨W' - W, ΔW⟩ / ‖ΔW‖², the share of the update that survived
     rounding (1 is all, 0 nothing), and error = ‖W' - W - ΔW‖ / ‖ΔW‖; its summary has the same of all together.
@@ -49,6 +52,11 @@ def merge_checkpoint(base: str | os.PathLike[str], directory: str | os.PathLike[
     nothing is left in `out`.
     """
     base = located(base)
+    if base.suffix == ".gguf":
+        with new_folder(out, [base, directory], force) as folder:
+            return merge_gguf(base, directory, folder, dequantise=dequantise)
+    if dequantise:
+        raise ValueError(f"dequantise for {base}, expected a GGUF file: a checkpoint in Hugging Face layout is dense already")
     checkpoint, adapter = Checkpoint(base), AdapterFolder(directory, BIASES)
     plan = adapter_plan(checkpoint, adapter)
     notes = []

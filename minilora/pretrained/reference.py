@@ -22,12 +22,14 @@ from ..lora import Adaptation, LoRA, LoraConfig, LoRAEmbedding
 from ..nn import Embedding, Linear, Parameter
 from ..rank.report import text_table
 from ..training.optim import AdamW
+from . import reference_methods
 from .tensors import TensorFile, new_folder
 
 Arrays = dict[str, np.ndarray]
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}            # of the largest expected value
 OPTIONS: dict[str, Any] = {"r": 3, "lora_alpha": 12.0, "use_rslora": False, "p": 0.25, "lr": 0.05, "beta1": 0.9, "beta2": 0.98,
-                           "eps": 1e-3, "weight_decay": 0.1, "optimiser": "adamw", "gradient_scale": 1.0, "last_only": False}
+                           "eps": 1e-3, "weight_decay": 0.1, "optimiser": "adamw", "gradient_scale": 1.0, "last_only": False,
+                           "detach_norm": True, "method": ""}      # method: a kind of reference_methods.CASES, or none
 LAYER = "y = x Wᵀ + b + s·(x∘M) Aᵀ Bᵀ with s = lora_alpha/r (rslora: lora_alpha/√r); b = 0 without `bias`, M = 1 without `keep`"
 FORMULAS = {
     "y": LAYER + "; with `keep` (0 or 1): M = keep/(1-p), on the branch's input only",
@@ -50,7 +52,9 @@ It compares each answer with the one in this folder. The error is max|yours - ex
 the float64 cases and 1e-5 in the float32 cases (whose expected answers were computed in float64 from the float32 inputs).
 
 Shapes: x (n, in), W (out, in), bias (out,), A (r, in), B (out, r), dy as y; of an embedding: ids (n,), W (V, D), A (r, V),
-B (D, r). eps is large on purpose: so the place where it is added shows.
+B (D, r). Cases whose metadata has a `method` are LoRA's relatives on one linear layer: W' is the adapted weight, lora_A and
+lora_B are A and B, and the gradient towards an input NAME is the answer d_NAME. eps is large on purpose: so the place where
+it is added shows.
 """
 
 
@@ -63,9 +67,10 @@ def write(out: str | os.PathLike[str], *, force: bool = False, seed: int = 0) ->
     with new_folder(out, force=force) as folder:
         for name, (options, inputs) in _cases(seed).items():
             right, dtype = answers(inputs, options), name.rpartition("-")[2]
-            said = {key: FORMULAS[key] for key in right} | ({"y": EMBEDDING} if "ids" in inputs else {})
-            facts = {key: str(value) for key, value in options.items()
-                     if key not in ("optimiser", "gradient_scale", "last_only")}
+            said = reference_methods.formulas_of(options["method"], right) if options["method"] else {
+                key: FORMULAS[key] for key in right} | ({"y": EMBEDDING} if "ids" in inputs else {})
+            silent = ("optimiser", "gradient_scale", "last_only", *(() if options["method"] else ("method", "detach_norm")))
+            facts = {key: str(value) for key, value in options.items() if key not in silent}
             metadata = facts | {f"formula {key}": text for key, text in said.items()} | {
                 "inputs": " ".join(inputs), "answers": " ".join(right)}
             tensors = inputs | {key: value.astype(dtype) for key, value in right.items()}
@@ -101,6 +106,8 @@ def _cases(seed: int) -> dict[str, tuple[dict[str, Any], Arrays]]:
     add("embedding", {"ids": np.array([3, 0, 3, 9, 3, 1]), "W": rng.standard_normal((10, 6)), "A": rng.standard_normal((3, 10)),
                       "B": rng.standard_normal((6, 3)), "dy": rng.standard_normal((6, 6)) * 0.01})
     add("adamw", {key: rng.standard_normal((4, 3)) * size for key, size in (("p", 1.0), ("g1", 0.02), ("g2", 0.05))})
+    for kind, (_, changes, _) in reference_methods.CASES.items():
+        add(kind, reference_methods.inputs_of(kind, OPTIONS | changes, rng), method=kind, **changes)
     return cases
 
 
@@ -108,6 +115,8 @@ def answers(inputs: Arrays, options: dict[str, Any]) -> Arrays:
     """The library's answers to one case, computed in float64. `options` as in the case's metadata."""
     given: dict[str, Any] = {key: value.astype(np.float64) if value.dtype.kind == "f" else value
                              for key, value in inputs.items()}
+    if options["method"]:
+        return reference_methods.answers_of(given, options)
     if "p" in given:
         steps = _step(given["p"], [given["g1"], given["g2"]], options)
         return {"p1": steps[0], "p2": steps[1]}
@@ -205,6 +214,8 @@ MISTAKES: dict[str, Change] = {
     "the gradients are divided by the number of rows: the loss is a sum, Σ y∘dy": lambda o, i: (
         o | {"gradient_scale": 1.0 / len(i["dy"])} if "dy" in i else o, i),
     "dy is not used: these are the gradients of Σ y": _given(dy=lambda i: np.ones_like(i["dy"])),
+    "DoRA's ‖V‖ is held constant in a case where the gradient goes through it, or the other way round": lambda o, i: (
+        o | {"detach_norm": not o["detach_norm"]}, i),
     "repeated ids do not add up: each row of dA must sum over all places of its id": lambda o, i: (
         o | {"last_only": "ids" in i}, i),
     "weight decay is coupled: it went through the gradient and √v (Adam with L2), where AdamW takes lr·weight_decay·p from p":
@@ -330,7 +341,7 @@ def _explained(options: dict[str, Any], inputs: Arrays, expected: Arrays, wrong:
     wide = {key: value.astype(np.float64) for key, value in inputs.items()}
     for mistake, (keys, of) in DIRECT.items():
         for key in wrong.keys() & set(keys.split()):
-            if "dy" in wide and ("x" in wide or key != "dx"):
+            if {"dy", "A", "B"} <= wide.keys() and ("x" in wide or key != "dx"):
                 other_value = of(expected[key].astype(np.float64), wide, s)
                 if _error(wrong[key], other_value) <= 10 * tolerance < _error(other_value, expected[key]):
                     fits[key].append(mistake)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..backend import to_host
 from ..backend.files import whole_files
+from ..methods.blocks import BlockWeight
 from ..nn import Parameter, Transformer
 from ..nn.names import file_keys, stored_transposed
 from .hf_config import to_hf
@@ -40,6 +41,8 @@ def save_pretrained(model: Transformer, tokenizer: Tokenizer | None, directory: 
     parameters, tensors = dict(model.named_parameters()), []
     if odd := [path for path, module in model.named_modules() if getattr(module, "adaptation", None) is not None]:
         raise ValueError(f"{odd[0]} has an adapter, expected a plain model: save merge_and_unload(model), or save_adapter it")
+    if odd := [path for path, module in model.named_modules() if isinstance(module, BlockWeight)]:
+        raise ValueError(f"{odd[0]} is quantised, expected dense weights: load or build the model without quantising it")
     for key, paths in sorted(file_keys(model.cfg, parameters).items()):
         tensors.append((key, *_tensor(model, key, [parameters[path] for path in paths])))
     with whole_files(Path(directory), "a model", marks=["config.json"], stale=[INDEX]) as folder:    # of an older one in shards

@@ -91,17 +91,20 @@ class SweepResult:
 
 def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seeds: Sequence[int] = (0,),
           lrs: Sequence[float] | None = None, train: TrainConfig, evaluate: Iterable[Batch] | None = None,
-          loss: Loss | None = None, chunk: int | None = None, memory: int = 2 << 30) -> SweepResult:
+          loss: Loss | None = None, chunk: int | None = None, memory: int = 2 << 30,
+          loraplus_lr_ratio: float = 1.0) -> SweepResult:
     """Train every combination of config, seed and learning rate, K cells side by side.
 
     task(i, rng) -> batch i, (ids (B, T), targets) or a dict as for `train`, host integers of one shape; rng depends on the
     cell's seed and on i alone, and the task on nothing else, so every cell sees the batches it would see alone
     (`task_batches`). A task may also return a batch for each cell, ids (K, B, T). configs: LoRA without dropout on one
-    common set of modules. lrs: None means (train.lr,). train: all but patience and checkpoint applies; clipping is by each
-    adapter's own norm. evaluate: batches on which the mean loss of every cell is taken at the end and every train.eval_every
-    updates. loss(logits, targets, K) -> (K,) replaces the mean cross-entropy of each cell, for groups of rows (K·B, …).
-    chunk: cells side by side at most (None: as many as fit `memory` bytes, by an estimate from the shapes); the result does
-    not depend on it beyond rounding. A diverging cell gets NaN and leaves the others alone.
+    common set of modules, with any start (True, "pissa", "olora" … may stand side by side); or LoRA-FA in all cells. lrs:
+    None means (train.lr,). train: all but patience and checkpoint applies; clipping is by each adapter's own norm.
+    evaluate: batches on which the mean loss of every cell is taken at the end and every train.eval_every updates.
+    loss(logits, targets, K) -> (K,) replaces the mean cross-entropy of each cell, for groups of rows (K·B, …). chunk: cells
+    side by side at most (None: as many as fit `memory` bytes, by an estimate from the shapes); the result does not depend
+    on it beyond rounding. loraplus_lr_ratio: B learns so much faster than A (LoRA+), in every cell. A diverging cell gets
+    NaN and leaves the others alone.
 
     The model is left as it was, also after an exception; adapters that are on it are set aside meanwhile.
     Raises ValueError for configs that differ in their modules or cannot be stacked, dropout, and options out of range;
@@ -110,6 +113,8 @@ def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seed
     cells = [Cell(i, config, seed, float(lr)) for i, (config, seed, lr) in
              enumerate(itertools.product(configs, seeds, (train.lr,) if lrs is None else lrs))]
     _check(model, cells, train, chunk)
+    if not 1.0 <= loraplus_lr_ratio < float("inf"):
+        raise ValueError(f"sweep: loraplus_lr_ratio = {loraplus_lr_ratio}, expected at least 1: B learns faster than A")
     evaluate = None if evaluate is None else eval_batches(evaluate)
     parts: list[_Chunk] = []
     order: list[int] = []
@@ -117,6 +122,7 @@ def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seed
     with enough_memory(device), plain_base(model), np.errstate(all="ignore"):
         adapters = [_drawn(model, cell) for cell in cells]
         _check_stackable(adapters)
+        sizes = [_size(own, trainable=True) for own in adapters]
         order = sorted(range(len(cells)), key=lambda k: _size(adapters[k]))    # chunks of similar rank: little is padding
         if chunk is None:
             first = _side_by_side(task, cells[:1], 0)
@@ -125,20 +131,19 @@ def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seed
             for start in range(0, len(cells), chunk):
                 chosen = order[start : start + chunk]
                 parts.append(_train_chunk(model, task, [cells[k] for k in chosen], [adapters[k] for k in chosen], train,
-                                          evaluate, loss, bar))
+                                          evaluate, loss, bar, loraplus_lr_ratio))
     back = np.argsort(order)                                                   # where each cell is in the order of training
     losses = np.concatenate([part.losses for part in parts], axis=1)[:, back]
     evals = [(steps, np.concatenate([part.evals[i][1] for part in parts])[back]) for i, (steps, _) in enumerate(parts[0].evals)]
     found = [parameters for part in parts for parameters in part.parameters]
     trained = [TrainedAdapter(cell.config, cell.seed, found[back[cell.index]]) for cell in cells]
-    return SweepResult(losses, _rows(cells, trained, losses, evals), evals, trained)
+    return SweepResult(losses, _rows(cells, sizes, losses, evals), evals, trained)
 
 
-def _rows(cells: list[Cell], trained: list[TrainedAdapter], losses: np.ndarray, evals: list[Any]) -> list[dict[str, Any]]:
+def _rows(cells: list[Cell], sizes: list[int], losses: np.ndarray, evals: list[Any]) -> list[dict[str, Any]]:
     rows = []
-    for cell, adapter in zip(cells, trained):
+    for cell, size in zip(cells, sizes):
         k, config = cell.index, cell.config
-        size = sum(array.size for own in adapter.parameters.values() for array in own.values())
         rows.append({"cell": k, "rank": config.r, "alpha": config.lora_alpha, "use_rslora": config.use_rslora,
                      "seed": cell.seed, "lr": cell.lr, "parameters": size, "train_loss": float(losses[-1, k]),
                      "diverged": not bool(np.isfinite(losses[:, k]).all())})
@@ -175,6 +180,7 @@ class LoRAStack(Adapter):
     """K LoRA adapters on one layer: A (K, r_max, in), B (K, out, r_max), scales (K,). W'_k = W + s_k B_k A_k."""
 
     rowwise = False                                                # the rows of a batch are K groups
+    goes_with: tuple[type, ...] = ()                               # other stacks, whose adapters this one takes as well
 
     def __init__(self, adapters: Sequence[LoRA]) -> None:
         self.ranks = [a.lora_A.shape[0] for a in adapters]
@@ -203,6 +209,7 @@ class ReplacementStack(Adapter):
     """K whole layers in one place (a classifier that is trained with each adapter): weight (K, out, in), bias (K, 1, out)."""
 
     rowwise = False                                                # the rows of a batch are K groups
+    goes_with = ()
 
     def __init__(self, adapters: Sequence[Replacement]) -> None:
         self.weight, self.bias = _stacked([a.weight for a in adapters]), None
@@ -222,7 +229,13 @@ class ReplacementStack(Adapter):
         return [{"weight": w.copy(), "bias": b[0].copy()} for w, b in zip(W, to_host(self.bias))]
 
 
-STACKS: dict[type, Any] = {LoRA: LoRAStack, Replacement: ReplacementStack}
+STACKS: dict[type, Any] = {LoRA: LoRAStack, Replacement: ReplacementStack}     # methods/stacks.py has more
+
+
+def stack_for(adapters: Sequence[Adapter]) -> Any:
+    """The class that takes all these adapters of one module side by side, or None."""
+    kinds = {STACKS.get(type(adapter)) for adapter in adapters}
+    return next((kind for kind in kinds if kind and kinds <= {kind, *kind.goes_with}), None)
 
 
 @dataclass
@@ -233,12 +246,15 @@ class _Chunk:
 
 
 def _train_chunk(model: Transformer, task: Task, cells: list[Cell], adapters: list[dict[str, Adapter]], config: TrainConfig,
-                 evaluate: Sequence[Batch] | None, loss: Loss | None, bar: tqdm) -> _Chunk:
+                 evaluate: Sequence[Batch] | None, loss: Loss | None, bar: tqdm, ratio: float) -> _Chunk:
     """Train some cells side by side. No step waits for the device: the losses come to the host every log_every steps."""
     K = len(cells)
     stacks = _put_on(model, cells[0], adapters)
-    params = [p for stack in stacks.values() for _, p in stack.named_parameters()]
-    optimizer = AdamW(params, np.array([cell.lr for cell in cells]), config.betas, config.eps, config.weight_decay)
+    faster = [p for stack in stacks.values() for name, p in stack.named_parameters(trainable=True) if name == "lora_B"]
+    others = [p for stack in stacks.values() for name, p in stack.named_parameters(trainable=True) if name != "lora_B"]
+    params, lrs = others + faster, np.array([cell.lr for cell in cells])
+    groups = [{"params": own, "lr": rates} for own, rates in ((others, lrs), (faster, lrs * ratio)) if own]
+    optimizer = AdamW(groups, lrs, config.betas, config.eps, config.weight_decay)
     device, dtype = device_of(params[0].data).name, params[0].dtype
     run = _Chunk(np.empty((config.steps, K)), [], [{} for _ in cells])
     pending: list[Array] = []
@@ -289,7 +305,7 @@ def _put_on(model: Transformer, cell: Cell, adapters: list[dict[str, Adapter]]) 
     """Put the adapters of several cells on the model, stacked along K: module path -> stack."""
     add_adapter(model, cell.config, NAME)
     modules: dict[str, Any] = dict(model.named_modules())
-    stacks = {path: STACKS[type(first)]([own[path] for own in adapters]) for path, first in adapters[0].items()}
+    stacks = {path: stack_for(own)(own) for path in adapters[0] for own in [[each[path] for each in adapters]]}
     for path, stack in stacks.items():
         modules[path].adaptation.adapters[NAME] = stack
     set_adapter(model, NAME)
@@ -325,8 +341,8 @@ def bytes_per_cell(model: Any, adapters: dict[str, Adapter], batch: dict[str, np
     return model.embed.weight.dtype.itemsize * (max(activations, evaluation) + weights + 5 * _size(adapters))
 
 
-def _size(adapters: dict[str, Adapter]) -> int:
-    return sum(p.size for adapter in adapters.values() for _, p in adapter.named_parameters())
+def _size(adapters: dict[str, Adapter], trainable: bool | None = None) -> int:
+    return sum(p.size for adapter in adapters.values() for _, p in adapter.named_parameters(trainable))
 
 
 def _stacked(parameters: Sequence[Any], shape: tuple[int, ...] | None = None) -> Parameter:
@@ -364,4 +380,7 @@ def _check_stackable(adapters: list[dict[str, Adapter]]) -> None:
         for path, adapter in own.items():
             if type(adapter) not in STACKS or (type(adapter) is LoRA and adapter.factors()[0] is not adapter.lora_A):
                 raise ValueError(f"sweep: {path} has a {type(adapter).__name__}, which cannot be stacked: "
-                                 "expected plain LoRA on linear layers; train the others one by one")
+                                 "expected LoRA, LoRA-FA or a start from W on linear layers; train the others one by one")
+            if stack_for([adapters[0][path], adapter]) is None:
+                raise ValueError(f"sweep: cell {k} has a {type(adapter).__name__} on {path} where cell 0 has a "
+                                 f"{type(adapters[0][path]).__name__}: run one sweep for each method")
