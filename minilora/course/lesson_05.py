@@ -43,6 +43,10 @@ def _similarity_wrong(size: Any = min, power: int = 2, chance: Any = max, vector
     return answer
 
 
+def _spectral(A1: np.ndarray, A2: np.ndarray, i: int, j: int) -> Pair:
+    return float(np.linalg.norm(_right(A1, i) @ _right(A2, j).T, 2) ** 2) / min(i, j), max(i, j) / A1.shape[1]
+
+
 def _norm_not_squared(A1: np.ndarray, A2: np.ndarray, i: int, j: int) -> Pair:
     return float(np.linalg.norm(_right(A1, i) @ _right(A2, j).T)) / min(i, j), max(i, j) / A1.shape[1]
 
@@ -97,11 +101,24 @@ def _amplify_wrong(how: str) -> Any:
             within, size = float(np.linalg.norm(core, 2)), s * float(S[0])
         if how == "factors":
             within = float(np.linalg.norm(B.T @ W @ A.T))
+        if how == "all":
+            within = float(np.linalg.norm(W))
+        if how == "columns":
+            within = float(np.linalg.norm(U.T @ W @ np.linalg.svd(s * B @ A)[2][:, : len(A)]))
+        if how == "spectral projection":
+            within = float(np.linalg.norm(core, 2))
+        if how == "itself":
+            within = size
+        if how == "first":
+            within = float(abs(core[0, 0]))
+        if how == "tuned":
+            within = float(np.linalg.norm(U.T @ (W + s * B @ A) @ Vh.T))
         if how == "trace":
             within = abs(float(np.trace(core)))
         if how == "one side":
             within = float(np.linalg.norm(U.T @ W))
-        other = {"no s": size / s / within, "whole": size / float(np.linalg.norm(W)), "inverse": within / size}
+        other = {"no s": size / s / within, "whole": size / float(np.linalg.norm(W)), "inverse": within / size,
+                 "W above": float(np.linalg.norm(W)) / within}
         return within, other.get(how, size / within)
     return answer
 
@@ -111,8 +128,8 @@ def _amplify_wrong(how: str) -> Any:
 def _planted(rng: np.random.Generator, d: int, k: int, spikes: tuple[float, ...], bend: float) -> Case:
     """W with falling singular values, and an update of rank len(spikes) + 1 whose first directions are σ₁ times the spikes.
 
-    A spike's output direction is new to W (spread evenly over its singular vectors, or outside them); the last direction of
-    the update is W's own second one, strengthened by bend, which is no intruder.
+    A spike's output direction is new to W, spread over its singular vectors; the last direction of the update is W's own second
+    one, strengthened by bend, which is no intruder. d ≤ k, so that the full and the reduced SVD have the same U.
     """
     m = min(d, k)
     U, V = np.linalg.qr(rng.standard_normal((d, d)))[0], np.linalg.qr(rng.standard_normal((k, k)))[0]
@@ -126,17 +143,20 @@ def _planted(rng: np.random.Generator, d: int, k: int, spikes: tuple[float, ...]
 
 
 def _well_apart(case: Case) -> bool:
-    """Whether no cosine is near the threshold and no two singular values of W + ΔW are near each other."""
+    """Whether no cosine is near the threshold, no two singular values of W + ΔW are near each other, and further down than
+    `top` there are vectors that a wrong answer takes for intruders.
+    """
     tuned = case["W"] + case["s"] * case["B"] @ case["A"]
     U, S, _ = np.linalg.svd(tuned)
-    best = np.abs(U[:, : case["top"]].T @ np.linalg.svd(case["W"], full_matrices=False)[0]).max(axis=1)
-    gaps = -np.diff(S[: case["top"] + 1])
-    return bool((abs(best - case["epsilon"]) > 0.01).all() and gaps.min() > 0.01 and (best < case["epsilon"]).any())
+    top, epsilon = case["top"], case["epsilon"]
+    best = np.abs(U.T @ np.linalg.svd(case["W"], full_matrices=False)[0]).max(axis=1)
+    gaps, found = -np.diff(S[: top + 1]), best < epsilon
+    return bool((abs(best[:top] - epsilon) > 0.01).all() and gaps.min() > 0.01 and found[:top].any() and found[top:].any())
 
 
 def _intruder_cases(rng: np.random.Generator) -> list[Case]:
     cases: list[Case] = []
-    for d, k, spikes, bend in [(40, 24, (3.0, 1.6), 1.0), (30, 30, (2.0,), 0.5), (24, 36, (2.5, 1.5), 0.7)]:
+    for d, k, spikes, bend in [(24, 40, (3.0, 1.6), 1.0), (30, 30, (2.0,), 0.5), (24, 36, (2.5, 1.5), 0.7)]:
         found = (_planted(rng, d, k, spikes, bend) for _ in range(1000))
         cases.append(next(case for case in found if _well_apart(case)))
     return cases
@@ -156,6 +176,9 @@ def _cosines(how: str = "") -> Any:
         Y, _, Yh = np.linalg.svd(update if how == "of the update" else W + update, full_matrices=False)
         C = Yh[:top] @ Xh.T if how == "input" else Y[:, :top].T @ X
         C = C[:, :top] if how == "top only" else C
+        C = Y[:top] @ X.T if how == "rows" else C
+        if how == "input, full":
+            C = np.linalg.svd(W + update)[2][:top] @ np.linalg.svd(W)[2].T
         best = {"signed": C.max(axis=1), "in place": np.abs(np.diag(C[:, :top])), "length": np.linalg.norm(C, axis=1),
                 "other way": np.abs(Y.T @ X[:, :top]).max(axis=0)}.get(how, np.abs(C).max(axis=1))
         return best, int((best >= epsilon).sum() if how == "above" else (best < epsilon).sum())
@@ -181,13 +204,15 @@ def _soften_wrong(how: str) -> Any:
         X = np.linalg.svd(W, full_matrices=False)[0]
         U, S, Vh = np.linalg.svd(update if how == "of the update" else W + update, full_matrices=False)
         found = (np.abs(U.T @ X).max(axis=1) < epsilon) & (np.arange(len(S)) < (len(S) if how == "all" else top))
-        found = ~found & (np.arange(len(S)) < top) if how == "the others" else found
+        found = ~found & (np.arange(len(S)) < top) if how == "the others" else ~found if how == "all others" else found
         part = (U[:, found] * S[found]) @ Vh[found]
         if how == "whole":
             return factor * update
         if how == "only":
             return factor * part
-        taken = {"factor": factor, "removed": 1.0}.get(how, 1 - factor)
+        if how == "change":
+            return (factor - 1) * part
+        taken = {"factor": factor, "removed": 1.0, "added": -factor, "nothing": 0.0}.get(how, 1 - factor)
         return update - taken * part + (W if how == "W too" else 0)
     return answer
 
@@ -209,6 +234,17 @@ EXERCISES: tuple[Exercise, ...] = (
                     _similarity_wrong(vectors=_first_rows)),
             Mistake("phi: this is the formula as the paper prints it, (1 − d²)/p; it is negative for d² > 1: φ = 1 − d²/p",
                     _misprint),
+            Mistake("phi: these are rows of A, not its singular directions: neither of length 1 nor orthogonal nor sorted",
+                    _similarity_wrong(vectors=lambda A, i: A[:i])),
+            Mistake("phi: the directions are the rows of Vh, not its columns",
+                    _similarity_wrong(vectors=lambda A, i: np.linalg.svd(A)[2][:, :i].T)),
+            Mistake("phi: the strongest directions come first; these are the last ones",
+                    _similarity_wrong(vectors=lambda A, i: _right(A, len(A))[-i:])),
+            Mistake("phi: the spectral norm sees one pair of directions alone; take the Frobenius norm", _spectral),
+            Mistake("chance: random directions are not orthogonal: the mean of a square is not zero",
+                    _similarity_wrong(chance=lambda i, j: 0)),
+            Mistake("chance: 1/k is the mean for one pair; φ sums i·j pairs and divides by min(i, j)",
+                    _similarity_wrong(chance=lambda i, j: 1)),
             Mistake("chance: the larger subspace decides: it is the one that may catch the other",
                     _similarity_wrong(chance=min)),
             Mistake("chance: i·j/k is the mean of the sum of squares; divide it as you divide φ",
@@ -224,6 +260,15 @@ EXERCISES: tuple[Exercise, ...] = (
             Mistake("factor: this compares ‖ΔW‖ with all of W; compare with what W does in ΔW's directions",
                     _amplify_wrong("whole")),
             Mistake("factor: upside down", _amplify_wrong("inverse")),
+            Mistake("factor: this is ‖W‖ over the projection; the update belongs above the line", _amplify_wrong("W above")),
+            Mistake("projection: after the r-th, ΔW's singular values are zero and their directions mean nothing; keep r",
+                    _amplify_wrong("all")),
+            Mistake("projection: the input directions are the rows of Vh, not its columns", _amplify_wrong("columns")),
+            Mistake("projection: this is the norm of ΔW in its own directions; put W between them", _amplify_wrong("itself")),
+            Mistake("projection: this is the first direction alone; take all r", _amplify_wrong("first")),
+            Mistake("projection: W alone is asked for, before the update", _amplify_wrong("tuned")),
+            Mistake("projection: this is the largest singular value of UᵀWVᵀ; the Frobenius norm adds all entries",
+                    _amplify_wrong("spectral projection")),
             Mistake("projection: these are W's own top directions; take those of ΔW", _amplify_wrong("of W")),
             Mistake("projection: this is the spectral norm; the paper's table has Frobenius norms", _amplify_wrong("spectral")),
             Mistake("projection: B and A are not orthonormal; take the singular vectors of their product",
@@ -240,6 +285,8 @@ EXERCISES: tuple[Exercise, ...] = (
             Mistake("cosines: compare with all of W's singular vectors, not with its first ones alone", _cosines("top only")),
             Mistake("cosines: these are input directions (Vh); the definition is on output directions, the columns of U",
                     _cosines("input")),
+            Mistake("cosines: these are input directions (Vh); the definition is on output directions, the columns of U",
+                    _cosines("input, full")),
             Mistake("cosines: place by place is too strict, since order changes; take the largest over W's vectors",
                     _cosines("in place")),
             Mistake("cosines: this is how much of the vector lies in W's whole column space; take the largest single cosine",
@@ -248,6 +295,7 @@ EXERCISES: tuple[Exercise, ...] = (
                     _cosines("other way")),
             Mistake("cosines: these are the vectors of ΔW; intruders are vectors of W + ΔW", _cosines("of the update")),
             Mistake("cosines: the update is s·B@A; its scale is missing", _cosines("no s")),
+            Mistake("cosines: the left singular vectors are the columns of U, not its rows", _cosines("rows")),
             Mistake("count: an intruder is a vector whose largest cosine is below epsilon", _cosines("above")))),
     Exercise(
         "05.4", "soften", "Soften the intruders", 3, 25,
@@ -265,5 +313,10 @@ EXERCISES: tuple[Exercise, ...] = (
             Mistake("only the first `top` triplets are looked at; further down are small directions of no weight",
                     _soften_wrong("all")),
             Mistake("this softens all but the intruders", _soften_wrong("the others")),
+            Mistake("this softens all but the intruders", _soften_wrong("all others")),
+            Mistake("this is the change alone; add it to s·B@A", _soften_wrong("change")),
+            Mistake("this adds factor times the intruders to what is there already; they are to shrink",
+                    _soften_wrong("added")),
+            Mistake("this is the update as it was: no intruder was found or softened", _soften_wrong("nothing")),
             Mistake("this is the softened intruders alone; the rest of the update stays as it was", _soften_wrong("only")))),
 )

@@ -63,7 +63,9 @@ def beside_full(data: dict[str, Any]) -> Figure:
         axes[1].set_ylim(-0.02 * looked, 1.6 * looked)
         axes[1].set_title("b   intruders, all modules", loc="left")
         cut = data["cut"]
-        for (name, losses), colour, marker, dash in zip(cut["full"].items(), (GREEN, "#56B4E9"), "^v", ("-.", ":")):
+        marks = dict(zip(data["spectra"], MARKS))                      # a run looks the same in every panel
+        for name, losses in cut["full"].items():
+            colour, marker, dash = marks[name]
             axes[2].plot(cut["ranks"], losses, color=colour, marker=marker, linestyle=dash, label=f"{name}, ΔW cut to rank r")
         axes[2].plot(list(cut["lora"]), list(cut["lora"].values()), color=BLUE, marker="o", markersize=11, linestyle="none",
                      label="LoRA, trained at rank r")

@@ -1,30 +1,35 @@
 # %% [markdown]
-# # 05 What was learned
+# # 05 · What was learned
 #
-# **What does ΔW contain that W did not?**
+# **The question of this lesson: what does ΔW contain that W did not?**
 #
 # The LoRA paper asks this in its section 7. We repeat its measurements on a small model, and we add what the paper leaves
 # out: what chance would give.
 #
-# **You'll do:** compare the directions of adapters of two ranks and two seeds; rebuild the paper's Table 7; set LoRA beside
-# full fine-tuning; look at what was forgotten.
+# **You'll do**
+# - compare the directions of adapters of two ranks and two seeds
+# - rebuild the paper's Table 7
+# - set LoRA beside full fine-tuning, and look at what was forgotten
 #
-# **You'll learn:** the subspace similarity φ and its baseline; amplification; intruder dimensions; why a result needs a
-# control.
+# **You'll learn**
+# - the subspace similarity φ, and what chance gives for it
+# - amplification, and intruder dimensions
+# - why a result needs a control
 #
-# **You need:** lesson 03 (ΔW = s·B@A) and lesson 04 (singular values, best rank-q approximation).
+# **You need** lesson 03 (ΔW = s·B@A) and lesson 04 (singular values, best rank-q approximation). All norms are Frobenius norms.
+#
+# Before each experiment there is a *guess*: replace `None` by your number, then run the next cell.
 
 # %% [markdown] teacher=true
-# 60 minutes: 5 questions, 15 section 1, 10 section 2, 15 section 3, 15 section 4. Board: two planes in space and the angle
-# between them; beside it the formula of φ and the line max(i, j)/k. Write the paper's numbers (0.32, 0.02, 21.67, factor
-# 21.5) before Table 7. Poll before section 1: "Two random matrices of rank 64 in 64 dimensions. How similar are their
-# directions: 0, 1/2 or 1?" Expect 0. Poll before section 4: "LoRA changes few numbers. Does it always forget less?" Expect
-# yes. Expect two confusions: directions of A and directions of ΔW (the paper uses A; we use ΔW, which does not depend on how
-# it is split), and "intruder" read as "bad". The last figure says how good the evidence for "bad" is here: shrinking the
-# whole update does as well.
+# **For the teacher.** 60 minutes: 5 questions, 15 section 1, 10 section 2, 15 section 3, 15 section 4. Board: two planes in
+# space and the angle between them; beside it the formula of φ and the line max(i, j)/k. Write the paper's numbers (0.32,
+# 0.02, 21.67, factor 21.5) before Table 7. Poll before section 1: "Two random matrices of rank 64 in 64 dimensions. How
+# similar are their directions: 0, 1/2 or 1?" Expect 0. Poll before section 4: "LoRA changes few numbers. Does it always
+# forget less?" Expect yes. Expect two confusions: directions of A and directions of ΔW (the paper uses A; we use ΔW, which
+# does not depend on how it is split), and "intruder" read as "bad". The last figure says how good the evidence for "bad" is
+# here: shrinking the whole update does as well.
 
 # %%
-import inspect
 import tempfile
 from pathlib import Path
 
@@ -34,7 +39,6 @@ import minilora as ml
 from minilora import check, plots
 from minilora.course import lab
 from minilora.lora.layer import dense
-from minilora.lora.svd import factored_svd
 from minilora.plots import lesson_05 as figures
 from minilora.rank import (
     alignment,
@@ -53,31 +57,32 @@ from minilora.studies.spectrum import dense_updates, two_tasks
 from minilora.studies.text import ALL_LINEAR, Q_V, copy_of, task_on, tuned
 from minilora.training import mean_loss
 
+# %%
 base = lab.base()
 python, prose = lab.valid("python"), lab.valid("prose")
 layers = dict(base.named_modules())
-weight = {path: dense(layer).data for path, layer in layers.items() if hasattr(layer, "weight") and path.startswith("layers.")
-          and "norm" not in path}
+
+
+def weight(path):
+    """The frozen W of a layer, by its path: (d, k)."""
+    return dense(layers[path]).data
+
+
 print(f"the base: loss {mean_loss(base, python):.3f} on Python, {mean_loss(base, prose):.3f} on the prose it was trained on")
 
 # %% [markdown]
-# ## 1 Do two adapters learn the same directions?
+# ## 1. Do two adapters learn the same directions?
 #
-# An update ΔW = U S Vᵀ reads some directions of its input (the rows of Vᵀ) and writes some directions of its output (the
-# columns of U). Take the first i input directions of one update and the first j of another. The paper's similarity is
+# Write an update as its SVD, ΔW = U S V. (V is what lesson 04 called Vᵀ, and NumPy `Vh`.) It reads its input along the rows of
+# V (r, k), and writes its output along the columns of U (d, r), the strongest first. Take V₁ⁱ, the first i rows of V of one
+# update, and V₂ʲ, the first j rows of another. The paper's similarity is
 #
 # φ(i, j) = ‖V₁ⁱ (V₂ʲ)ᵀ‖² / min(i, j).
 #
-# It is 1 if the smaller subspace lies in the larger one, and 0 if they are orthogonal. ΔW is never formed for this: the SVD
-# comes from the thin factors.
-
-# %%
-source = inspect.getsource(factored_svd)
-print(source[source.index("    xp, dtype"):])
-
-# %% [markdown]
-# First without any training. Two random matrices in 64 dimensions: how large is φ(8, 64)? And φ(4, 16)? Write your guess in
-# place of None.
+# The i rows span a subspace, and so do the j rows. φ is 1 if the smaller subspace lies in the larger one, and 0 if they are
+# orthogonal. U, S and V come from the thin factors A and B, as in lesson 04.
+#
+# First without any training. Two random matrices of 64 columns: how large is φ(8, 64)? And φ(4, 16)?
 
 # %%
 check.guess("05.noise_8_64", None)
@@ -101,9 +106,10 @@ assert random_baseline(4, 16, 64) == 16 / 64
 # There is a second trap. Our library draws A row by row from the seed. Take two adapters of rank 4 and 16 with the **same**
 # seed. The paper takes the directions from A. How large is φ(4, 16) of the two A before the first step?
 
-# %% exact=true
+# %%
 check.guess("05.same_seed", None)
 
+# %% exact=true
 started = {}
 for r in (4, 16):
     model = lab.base()
@@ -149,22 +155,23 @@ if lab.FULL:
     assert alike["q_proj"] > alike["v_proj"] + 0.2                     # as in the paper's Figure 4
     assert one_in_16 > 16 / 64 + 0.1                                   # as in its Figure 3
     assert same_seed > other_seed + 0.2                                # the dice are still seen after training
+    assert all(compared[f"layers.0.attn.{kind}_proj"]["two seeds, r = 16"]["phi"][15][15] < 0.5 for kind in "qv")
 lab.show(figures.shared_directions(
     {kind: compared[f"layers.0.attn.{kind}_proj"] for kind in "qv"},
     {"r = 4 in r = 16": ("r = 4", "r = 16"), "two seeds, r = 16": ("seed 0", "seed 1")}))
 
 # %% [markdown]
 # *Two seeds agree on a few directions of q, and on fewer of v.* That is the paper's Figure 4, at a size that trains in
-# seconds. But look at the last column: past the first directions the curves come near the dashed line. Most of what rank 16
-# holds differs from seed to seed. And with one seed for both ranks the overlap is larger, for a reason that has nothing to do
-# with the text.
+# seconds. But look at the last column: the more directions, the nearer the curves come to the dashed line. More than half of
+# what rank 16 holds differs from seed to seed (φ(16, 16) is below 0.5). And with one seed for both ranks the overlap is
+# larger, for a reason that has nothing to do with the text.
 
 # %% [markdown]
 # ### Exercise 05.1 · ●●○ · 15 min
 #
 # Write φ and what chance gives for it. A1 is (r1, k) and A2 is (r2, k). The directions of A are its right singular vectors,
-# the strongest first. Return `(phi, chance)`: φ(i, j) of the two, and its mean for random directions. Do not use
-# `minilora.rank`.
+# the strongest first. Return `(phi, chance)`: φ(i, j) of the two, and its exact mean for random directions (a formula, no
+# simulation). Do not use `minilora.rank`.
 #
 # <details><summary>Hint 1</summary>The directions of A are the rows of Vh in its SVD, strongest first: take i of one and j of
 # the other.</details>
@@ -186,11 +193,14 @@ def similarity(A1, A2, i, j):
 check.similarity(similarity)
 
 # %% [markdown]
-# ## 2 Does ΔW repeat W, or does it strengthen what W neglects?
+# ## 2. Does ΔW repeat W, or does it strengthen what W neglects?
 #
-# The paper's Table 7. Let U and V be the directions of ΔW. Then ‖UᵀWVᵀ‖ is what W already does there, and the amplification
-# factor is ‖ΔW‖ / ‖UᵀWVᵀ‖. The paper (GPT-3, layer 48, q, r = 4): 0.32 in the directions of ΔW, 21.67 in W's own top
-# directions, 0.02 in random ones, factor 21.5. At r = 64 the factor is 1.9.
+# This is the paper's Table 7. Let U (d, r) and V (r, k) be the directions of ΔW. UᵀWVᵀ is an r × r matrix: what W does from
+# ΔW's input directions to ΔW's output directions. Its norm says how much W already does there. The *amplification factor* is
+# ‖ΔW‖ / ‖UᵀWVᵀ‖.
+#
+# The paper (GPT-3, layer 48, q, r = 4) has ‖UᵀWVᵀ‖ = 0.32 in the directions of ΔW, 21.67 in W's own top directions and 0.02 in
+# random ones. The factor is 21.5. At r = 64 it is 1.9.
 #
 # Guess: does our factor rise or fall from r = 4 to r = 16? By how many times?
 
@@ -203,9 +213,9 @@ for kind in ("q_proj", "v_proj"):
     for r in (4, 16):
         cells = []
         for (rank, _), found in learned.items():
-            cells += [amplification(found[path], weight[path]) | {
+            cells += [amplification(found[path], weight(path)) | {
                 "norm": float(np.linalg.norm(found[path].svd[1])),
-                "projection_top": top_projection(gram_svd(weight[path])[1], r)}
+                "projection_top": top_projection(gram_svd(weight(path))[1], r)}
                 for path in found if rank == r and path.endswith(kind)]
         rows.append({"module": kind, "rank": r} | {key: [cell[key] for cell in cells] for key in cells[0]})
 print("module   r    in ΔW's directions   in random ones   in W's top ones   factor")
@@ -223,16 +233,17 @@ if lab.FULL:
 lab.show(plots.amplification({"rows": rows}))
 
 # %% [markdown]
-# *ΔW does not repeat W: what W does most, ΔW leaves alone.* That agrees with the paper. But be careful with the factor. A
-# random update of rank r meets ‖W‖·r/√(dk) of W, so for one ‖ΔW‖ the factor of a **random** update falls by 4 from r = 4 to r
-# = 16. The paper's own fall, 21.5 to 1.9, is 11 times where chance gives 16. The number that says something is the projection
-# beside its chance value: for q it is larger, so ΔW strengthens directions that W knows a little. For v it is chance.
+# *ΔW does not repeat W: its directions are not W's strongest ones.* That agrees with the paper. But be careful with the factor.
+# For random directions ‖UᵀWVᵀ‖ is about ‖W‖·r/√(dk). So the factor of a **random** update, at the same ‖ΔW‖, falls by 4 from
+# r = 4 to r = 16. The paper's own fall from r = 4 to 64, 21.5 to 1.9, is 11 times where chance gives 16. The number that says
+# something is ‖UᵀWVᵀ‖ beside its chance value. For q it is larger, so ΔW strengthens directions that W knows a little. For v
+# at r = 4 it is chance.
 
 # %% [markdown]
 # ### Exercise 05.2 · ●●○ · 12 min
 #
-# Compute one row of Table 7 for W (d, k), B (d, r), A (r, k) and the scale s. Return `(projection, factor)`: ‖UᵀWVᵀ‖ with U
-# and V the singular vectors of ΔW = s·B@A, and ‖ΔW‖ / ‖UᵀWVᵀ‖. All norms are Frobenius norms. B and A have full rank r.
+# Compute one row of Table 7 for W (d, k), B (d, r), A (r, k) and the scale s. Return `(projection, factor)`: ‖UᵀWVᵀ‖ with the r
+# directions U (d, r) and V (r, k) of ΔW = s·B@A, and ‖ΔW‖ / ‖UᵀWVᵀ‖. B and A have full rank r. You may form ΔW here.
 #
 # <details><summary>Hint 1</summary>The directions of ΔW are those of its SVD; only r of them mean anything.</details>
 # <details><summary>Hint 2</summary>UᵀWVᵀ is an r×r matrix: what W does from ΔW's input directions to ΔW's output
@@ -254,13 +265,14 @@ def amplify(W, B, A, s):
 check.amplify(amplify)
 
 # %% [markdown]
-# ## 3 Is LoRA a compressed full fine-tune?
+# ## 3. Is LoRA a compressed full fine-tune?
 #
 # Many texts say: full fine-tuning makes a ΔW of low rank, and LoRA finds it with fewer numbers. We can look. Train every
 # weight (two learning rates), and LoRA on all linear layers (ranks 4 and 16).
 #
-# An **intruder** is a left singular vector among the first ten of W + ΔW that resembles none of W: all |cos| below 0.5.
-# Guess: out of 80 (8 matrices), how many does LoRA with r = 4 have, and how many full fine-tuning at the lower rate?
+# An **intruder** is one of the first ten output directions (columns of U) of W + ΔW that resembles none of W's: its |cos|
+# with each of them, the absolute scalar product of two unit vectors, is below 0.5. Guess: out of 80 (8 matrices), how many
+# does LoRA with r = 4 have, and how many full fine-tuning at the lower rate?
 
 # %%
 check.guess("05.lora_intruders", None)
@@ -280,7 +292,7 @@ for k, row in enumerate(wide.rows):
 for lr, model in full.items():
     changes[name[lr]], losses[name[lr]] = dense_updates(base, model), (mean_loss(model, python), mean_loss(model, prose))
 
-reports = {kind: {"modules": {path: {"intruder_cosines": alignment(update, dense(layers[path]).data)["cosines"],
+reports = {kind: {"modules": {path: {"intruder_cosines": alignment(update, weight(path))["cosines"],
                                      "shape": list(update.shape)} for path, update in found.items()}}
            for kind, found in changes.items()}
 count = {kind: sum(intruder_count(row["intruder_cosines"]) for row in report["modules"].values())
@@ -305,6 +317,7 @@ if lab.FULL:
 # %%
 check.guess("05.cut", None)                 # loss on Python of full fine-tuning's ΔW (rate 0.003), cut to rank 4
 
+# %%
 ranks = [1, 4, 16, 64]
 cut = {kind: [] for kind in name.values()}
 with tempfile.TemporaryDirectory() as folder:
@@ -336,7 +349,8 @@ lab.show(figures.beside_full({"spectra": {kind: found[path].svd[1].tolist() for 
 # ### Exercise 05.3 · ●●○ · 15 min
 #
 # Count the intruders. For each of the first `top` left singular vectors of W + s·B@A, find the largest |cos| with any left
-# singular vector of W. Return `(cosines, count)`: these `top` numbers, and how many are below epsilon.
+# singular vector of W. (W has min(d, k) of them: `np.linalg.svd(W, full_matrices=False)`.) Return `(cosines, count)`: these
+# `top` numbers as an array, and how many are below epsilon.
 #
 # <details><summary>Hint 1</summary>Two SVDs: of W and of W + ΔW. The left singular vectors are the columns of U.</details>
 # <details><summary>Hint 2</summary>For each of the first `top` vectors of W + ΔW, the largest |cos| with any vector of
@@ -356,16 +370,17 @@ def intruders(W, B, A, s, epsilon, top):
 check.intruders(intruders)
 
 # %% [markdown]
-# ## 4 What was forgotten?
+# ## 4. What was forgotten?
 #
-# "LoRA learns less and forgets less." Read the table above again: the column *prose* is what was forgotten. And there is a
-# case where the sentence is simply false. Let the new task use inputs that the old task never uses. By how many per cent do
-# the old answers change, in full fine-tuning and in LoRA?
+# "LoRA learns less and forgets less." Read the table above again: the column *prose* is what was forgotten. And lesson 03
+# ended on a case where the sentence is simply false: the new task uses inputs that the old task never uses. Do you remember?
+# By how many per cent do the old answers change, in full fine-tuning and in LoRA?
 
 # %%
 check.guess("05.old_answers_full", None)
 check.guess("05.old_answers_lora", None)
 
+# %%
 both = two_tasks(0, steps=300 if lab.FULL else 40)
 check.compare("05.old_answers_full", 100 * both["full"], "%")
 check.compare("05.old_answers_lora", 100 * both["lora"], "%")
@@ -378,14 +393,15 @@ if lab.FULL:
 # zero it is zero. LoRA's A starts random in **all** columns, and B turns this into a change for the old inputs too. "Forgets
 # less" is a tendency, not a law.
 #
-# A paper (2410.21228) says that intruders are what forgets, and that softening them (σ times 0.7) brings the old text back at
-# little cost. We try it. We also try the stupid thing: shrink the **whole** update by the same factor. Which one gives back
-# more prose?
+# A paper (arXiv:2410.21228) says that intruders are what forgets, and that softening them (σ times 0.7) brings the old text
+# back at little cost. We try it. We also try the simplest thing, as a control: shrink the **whole** update by the same factor
+# f. Which one gives back more prose?
 
 # %%
 check.guess("05.softened", None)            # loss on prose with intruders times 0.7
 check.guess("05.shrunk", None)              # loss on prose with the whole update times 0.7
 
+# %%
 factors = [1.0, 0.9, 0.7, 0.5, 0.0]
 wide.install(base, 0, "cell")
 lines = {"LoRA, r = 4: whole update times f": [], "LoRA, r = 4: intruders times f": []}
@@ -407,22 +423,23 @@ print(f"on Python: {softened[at][0]:.3f} and {shrunk[at][0]:.3f}, as trained {sh
 if lab.FULL:
     assert softened[at][1] < softened[0][1] - 0.01                     # softening gives some prose back
     assert shrunk[at][1] < softened[at][1]                             # and so does shrinking everything, more of it
+    assert shrunk[at][0] < softened[at][0] + 0.01                      # at no higher price
     assert softened[-1][0] > mean_loss(base, python)                   # without them: worse on Python than no adapter
 lab.show(figures.learned_and_forgotten({"base": (mean_loss(base, python), mean_loss(base, prose)), "lines": lines,
                                           "factors": factors, "points": {kind: losses[kind] for kind in name.values()}}))
 
 # %% [markdown]
 # *Softening the intruders gives prose back. Shrinking everything gives back more, at no higher price.* And without its
-# intruders (factor 0) the model is worse on Python than with no adapter: they carry what was learned. So in this small model
-# intruders are a mark of LoRA, and we have no evidence that they cause the forgetting. Without the control we would have
-# believed it.
+# intruders (f = 0) the model is worse on Python than with no adapter: they carry what was learned. So in this small model, with
+# one seed, intruders are a mark of LoRA, and we have no evidence that they cause the forgetting. Without the control we would
+# have believed it.
 
 # %% [markdown]
 # ### Exercise 05.4 · ●●● · 25 min
 #
-# Write the softening. W + s·B@A = Σ σⱼ uⱼvⱼᵀ. An intruder is one of the first `top` uⱼ whose largest |cos| with W's left
-# singular vectors is below epsilon. Multiply the σⱼ of the intruders by `factor`, leave everything else. Return the new
-# update (d, k): what is then added to W.
+# Write the softening. The SVD of the tuned weight is W + s·B@A = Σ σⱼ uⱼvⱼᵀ. An intruder is one of the first `top` uⱼ whose
+# largest |cos| with W's left singular vectors is below epsilon. Multiply the σⱼ of the intruders by `factor`, and leave
+# everything else. Return the new update (d, k): the new tuned weight minus W.
 #
 # <details><summary>Hint 1</summary>W + ΔW = Σ σⱼ uⱼvⱼᵀ. Find the intruders j among the first `top`, as in 05.3.</details>
 # <details><summary>Hint 2</summary>Multiply their σⱼ by factor and leave all else as it is. What is then the update to
@@ -450,12 +467,13 @@ check.soften(soften)
 # - ΔW leaves W's strong directions alone; LoRA's ΔW is few strong new directions, full fine-tuning's is many weak ones.
 # - "Intruders cause forgetting" and "LoRA forgets less" need controls and have counter-examples.
 
-# %% [markdown]
-# ## On one slide: what was learned
+# %% [markdown] slide=true
+# ## The slide
 #
-# - φ(i, j) = ‖V₁ⁱ(V₂ʲ)ᵀ‖² / min(i, j); chance gives max(i, j)/k.
-# - Two seeds share a few directions of q, fewer of v.
-# - Amplification ‖ΔW‖/‖UᵀWVᵀ‖ falls with r by arithmetic: compare with chance.
-# - Full fine-tuning's ΔW: high effective rank, few intruders. LoRA's: the opposite.
-# - Cutting full fine-tuning to rank 4 is worse than training at rank 4.
-# - A result without a control is a guess: shrink everything, and see.
+# **What does ΔW contain that W did not?**
+# - φ(i, j) = ‖V₁ⁱ(V₂ʲ)ᵀ‖² / min(i, j); chance gives max(i, j)/k
+# - two seeds share a few directions of q, fewer of v
+# - amplification ‖ΔW‖/‖UᵀWVᵀ‖ falls with r by arithmetic: compare with chance
+# - full fine-tuning's ΔW: high effective rank, few intruders; LoRA's: the opposite
+# - cutting full fine-tuning to rank 4 is worse than training at rank 4
+# - a result without a control is a guess: shrink everything, and see
