@@ -751,11 +751,11 @@ check.micro_f1(micro_f1)
 # 3. "Forgets less", "larger batches" and "add two adapters" hold in some cases only, and I can say in which.
 
 # %% [markdown] lang="zh" of="c8bb14af"
-# ## 现在你应该说得出
+# ## 现在你应该能说清楚
 #
 # 1. W 被冻结，从不被分解。更新量是一个瘦长的乘积，起点为零，因为有一个因子为零。
 # 2. 损失下降什么也证明不了。能证明的是五项检验：起点是空操作、参数少、基座保留、低秩、学得到。
-# 3. “忘得更少”、“批量更大”、“两个适配器相加”都只在某些情形下成立，而我说得出是哪些。
+# 3. “忘得更少”、“批量更大”、“两个适配器相加”都只在某些情形下成立，而我能说出是哪些。
 
 # %% [markdown] slide=true
 # **LoRA, told from its look-alikes**
