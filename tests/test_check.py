@@ -191,6 +191,10 @@ def test_verdicts():
         raise NotImplementedError
     assert says(to_do) == "○ scaled: not attempted yet"
 
+    def forgets(x, s, r):
+        x = s * x
+    assert says(forgets) == "○ scaled: it ran, and returned nothing yet: is its return missing?"
+
 
 def test_a_hint_must_be_true_of_every_wrong_case():
     assert says(lambda x, s, r: x) == "✗ scaled: the answer: a factor s is missing"          # in the first case s = r

@@ -83,7 +83,8 @@ def _one(name: str, got: Any, expected: Any, scalars: dict[str, float], rtol: fl
     if np.iscomplexobj(a) and not np.iscomplexobj(b):
         return [f"{name}: expected real numbers, got complex ones"]
     if np.isnan(a).any() and not np.isnan(b).any():
-        return [f"{name}: contains NaN"]
+        first = f", the first at {[int(i) for i in np.argwhere(np.isnan(a))[0]]}" if a.ndim else ""
+        return [f"{name}: contains NaN{first}: somewhere 0/0, ∞ − ∞, 0·∞ or the logarithm of something negative"]
     if np.isinf(a).any() and not np.isinf(b).any():
         return [f"{name}: contains infinity"]
     if a.size < 2:

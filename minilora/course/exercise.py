@@ -106,6 +106,8 @@ class Exercise:
         with _quiet():
             try:
                 hint = self._hint(answer, cases, seed)
+            except _Silent:
+                return Verdict(self.name, OPEN, "it ran, and returned nothing yet: is its return missing?")
             except NotImplementedError:
                 return Verdict(self.name, OPEN, "not attempted yet")
         if hint:
@@ -126,7 +128,7 @@ class Exercise:
             except (Exception, SystemExit) as error:                      # whatever a student's code raises is their answer
                 return _raised(error)
             if _empty(answers[-1]):
-                raise NotImplementedError
+                raise _Silent if answers[-1] is None and not _bodiless(answer) else NotImplementedError
             for name, before in case.items():
                 if not _untouched(before, given[name]):
                     return f"it changed its input {name} in place; return a new one"
@@ -171,6 +173,10 @@ class Exercise:
         return None
 
 
+class _Silent(NotImplementedError):
+    """A function that has a body, and gave None."""
+
+
 class _Watched:
     """An answer as a function for a law, which remembers whether its calls gave anything."""
 
@@ -199,12 +205,17 @@ def _empty(answer: Any) -> bool:
 
 def _blank(answer: Any) -> bool:
     """Whether an answer is a class of which some method has no body but `...`."""
-    if not isinstance(answer, type):
-        return False
-    bodies = [[step for step in dis.get_instructions(method) if step.opname not in ("RESUME", "NOP", "COPY_FREE_VARS")]
-              for method in vars(answer).values() if isinstance(method, types.FunctionType)]
-    return any(all(step.opname in ("LOAD_CONST", "RETURN_CONST", "RETURN_VALUE") for step in body)
-               and all(step.argval is None for step in body if step.opname.endswith("CONST")) for body in bodies)
+    return isinstance(answer, type) and any(_bodiless(method) for method in vars(answer).values()
+                                            if isinstance(method, types.FunctionType))
+
+
+def _bodiless(answer: Any) -> bool:
+    """Whether an answer is no Python function, or one whose body is empty: a docstring, `...`, pass, return None."""
+    if not isinstance(answer, types.FunctionType):
+        return True
+    steps = [step for step in dis.get_instructions(answer) if step.opname not in ("RESUME", "NOP", "COPY_FREE_VARS")]
+    return (all(step.opname in ("LOAD_CONST", "RETURN_CONST", "RETURN_VALUE") for step in steps)
+            and all(step.argval is None for step in steps if step.opname.endswith("CONST")))
 
 
 def _kept(result: Any) -> Any:

@@ -104,6 +104,10 @@ tanh_times = Exercise(
         Mistake("dx: the slope of tanh is missing", _product(slope=np.ones_like)),
         Mistake("dx: the slope of tanh is not 1 - x²; it needs the value of tanh, not x", _product(slope=lambda x: 1 - x * x)),
         Mistake("dx: the slope of tanh has a square in it", _product(slope=lambda x: 1 - np.tanh(x))),
+        Mistake("dx: this has tanh(x) where its slope belongs", _product(slope=lambda x: np.tanh(x))),
+        Mistake("dx: the slope of tanh is at most 1; yours is above it", _product(slope=lambda x: 1 + np.tanh(x) ** 2)),
+        Mistake("the tanh is of x alone, not of x·y", lambda dz, x, y: (
+            _summed(dz * y * (1 - np.tanh(x * y) ** 2), x.shape), _summed(dz * x * (1 - np.tanh(x * y) ** 2), y.shape))),
         Mistake("dx: the other factor, y, is missing", _product(dx=lambda dz, y: dz)),
         Mistake("dy: the other factor is tanh(x), not x", _product(factor=lambda x: x)),
         Mistake("dy: the other factor is missing", _product(factor=np.ones_like)),
@@ -139,6 +143,10 @@ softmax_op = Exercise(
         Mistake("the sum runs over the whole array, but rows do not know of each other",
                 lambda dy, y, axis: y * (dy - (dy * y).sum())),
         Mistake("a mean where a sum belongs", lambda dy, y, axis: y * (dy - (dy * y).mean(axis, keepdims=True))),
+        Mistake("the weighted sum is subtracted from dy, not added to it",
+                lambda dy, y, axis: y * (dy + (dy * y).sum(axis, keepdims=True))),
+        Mistake("y is the softmax already; here it is taken once more", lambda dy, y, axis: (
+            softmax(y, axis) * (dy - (dy * softmax(y, axis)).sum(axis, keepdims=True)))),
         Mistake("the factor y in front is missing", lambda dy, y, axis: dy - (dy * y).sum(axis, keepdims=True)),
         Mistake("the term that is subtracted is a weighted sum of dy; the weights are missing",
                 lambda dy, y, axis: y * (dy - dy.sum(axis, keepdims=True))),
@@ -217,6 +225,8 @@ bug_hunt = Exercise(
         Mistake("only one of the two; the other one has a kink, which is no bug", {"gather", "relu"}),
         Mistake("only one of the two; the other one has no slope at 0, which is no bug", {"subtract", "relu"}),
         Mistake("a kink is no bug: relu has no slope at 0, so no gradient agrees with differences there", {"relu"}),
+        *(Mistake("one of the two is right; the other one passes every fair test", {guilty, innocent})
+          for guilty in ("subtract", "gather") for innocent in ("mean", "log_sum_exp")),
         Mistake("ordinary inputs pass all five; feed them unusual ones", set()),
         Mistake("not all of them; give each one inputs that are fair: float64, no kinks", set(SUSPECTS)),
     ))

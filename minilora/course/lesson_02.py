@@ -57,6 +57,10 @@ attention = Exercise(
         Mistake("softmax over the keys, not over the queries: each query's weights add up to 1", _attended(axis=-2)),
         Mistake("these are the weights; the values v are not used",
                 lambda q, k, v: softmax(_scores(q, k) * q.shape[-1] ** -0.5)),
+        Mistake("the softmax ran over the whole array; each query has its own", lambda q, k, v: (
+            np.exp(_scores(q, k) * q.shape[-1] ** -0.5) / np.exp(_scores(q, k) * q.shape[-1] ** -0.5).sum() @ v)),
+        Mistake("this hides later keys; here every query may see every key", lambda q, k, v: softmax(np.where(
+            np.tri(q.shape[-2], k.shape[-2]) > 0, _scores(q, k) * q.shape[-1] ** -0.5, -np.inf)) @ v),
         Mistake("the mean is of the keys; it should be of the values",
                 lambda q, k, v: softmax(_scores(q, k) * q.shape[-1] ** -0.5) @ k),
         Mistake("there is no softmax: the weights should be positive and add up to 1",
@@ -153,6 +157,9 @@ parameter_count = Exercise(
         Mistake("the norms are missing", _but(vectors=9, last=0)),
         Mistake("the last norm, after all layers, is missing", _but(last=0)),
         Mistake("a norm has a bias beside its weight", _but(vectors=11, last=1)),
+        Mistake("the bias of up is as long as the MLP is wide", _but(vectors=10)),
+        Mistake("a layer has two norms", _but(vectors=11)),
+        Mistake("the head has no bias", lambda V, D, L, T: _counted(V, D, L, T) + V),
         Mistake("all biases and norms are missing: only the matrices are counted", _but(vectors=0, last=0)),
         Mistake("attention has a fourth matrix, o", _but(matrices=11, vectors=12)),
         Mistake("the MLP has two matrices, up and down", _but(matrices=8, vectors=12)),
@@ -192,6 +199,10 @@ first_loss = Exercise(
         Mistake("V logits in all: one is c, so how many are 0?", lambda V, c, p: np.log(V + np.exp(c)) - p * c),
         Mistake("inside the logarithm stand exponentials of logits, not logits",
                 lambda V, c, p: np.log(max(V - 1 + c, 1e-9)) - p * c),
+        Mistake("a loss is not negative: it is ln Σ exp(logits) minus the logit of the target",
+                lambda V, c, p: p * c - np.log(V - 1 + np.exp(c))),
+        Mistake("this is the logarithm of a mean probability; the loss is the mean of the logarithms",
+                lambda V, c, p: -np.log((p * np.exp(c) + 1 - p) / (V - 1 + np.exp(c)))),
         Mistake("this is the mean of probabilities; the loss is the mean of minus their logarithms",
                 lambda V, c, p: (p * np.exp(c) + 1 - p) / (V - 1 + np.exp(c))),
     ))

@@ -47,7 +47,8 @@ from minilora.plots import lesson_01 as figures
 #
 # Backward of an operation is one job: it is given ȳ and returns x̄. It does not need to know L.
 #
-# Here are two operations of the library, whole. Each forward keeps what its backward will need.
+# Here are two operations of the library, whole. Each forward keeps what its backward will need. (In the docstrings ā is the
+# cotangent of a. `self.needs[0]` says whether anybody asks for the first input's cotangent.)
 
 # %%
 print(inspect.getsource(autograd.Op.registry["Tanh"]))
@@ -71,8 +72,8 @@ print(f"the library dx = {a.grad:.6f}   dy = {b.grad:.6f}")
 assert a.grad == dx and b.grad == dy
 
 # %% [markdown]
-# The library walks from the last operation to the first. This is the whole walk. Look for the line that
-# *adds*: a tensor that was used twice gets two cotangents, and they are added.
+# The library walks from the last operation to the first. This is the whole walk; you need not read it all. Look for the one
+# line that *adds* (`.add(held, gradient)`): a tensor that was used twice gets two cotangents, and they are added.
 
 # %%
 print(inspect.getsource(pullback))
@@ -127,7 +128,9 @@ check.tanh_times_grad(tanh_times_grad)
 # A second way, the *complex step*, moves x_i by iε and reads the imaginary part, Im L(x + iε e_i) / ε. Nothing is
 # subtracted there.
 #
-# Which ε is best? Guess the exponent k of ε = 10⁻ᵏ for float64, and for float32. Put your numbers in place of `None`.
+# We measure L = Σ c ⊙ softmax(tanh x) in 24 numbers x, with fixed weights c. Its gradient is known, so each measured slope has
+# a relative error. Which ε is best? Guess the exponent k of ε = 10⁻ᵏ for float64, and for float32. Put your numbers in place of
+# `None`.
 
 # %%
 check.guess("01.k64", None)
@@ -163,7 +166,10 @@ assert worst["complex"][-1] < 1e-11                                # the complex
 
 # %% [markdown]
 # In float32 a right gradient looks wrong, and a gradient that is a little wrong looks no worse. So
-# gradients are checked in float64. The library's `gradcheck` refuses anything else.
+# gradients are checked in float64.
+#
+# `ml.gradcheck(f, inputs)` makes such a check of a function on tensors. It measures with ε = 10⁻⁵, compares every element, and
+# raises `GradcheckError` if one is wrong. It refuses anything but float64.
 
 # %%
 try:
@@ -175,8 +181,8 @@ except (TypeError, ValueError) as error:
 # %% [markdown]
 # ## 3. Why the cotangent has to be random
 #
-# L is one number, an operation's output is an array. So a test needs weights: L = Σ c ⊙ f(x). Many tests take c = 1, 1, …
-# that is, `f(x).sum()`.
+# L is one number, an operation's output is an array. So a test needs weights: L = Σ c ⊙ f(x). Then c is the cotangent of f(x).
+# Many tests take c = 1, 1, …, that is, `f(x).sum()`.
 #
 # Here is a softmax whose backward is as wrong as can be. It always returns zero.
 
@@ -275,8 +281,9 @@ print("all five pass:", ", ".join(SUSPECTS))
 # ### Exercise 01.3 · ●●○ · 15 min
 #
 # Find the two. `subtract(a, b)` is a - b, `gather(table, rows)` is table[rows], `relu` is max(x, 0), `mean` and
-# `log_sum_exp` work on the last axis. All are in `SUSPECTS`, and `ml.gradcheck` is your tool. Feed them unusual inputs.
-# Be fair: an operation that is refused is not always guilty. The answer is a set of two names.
+# `log_sum_exp` work on the last axis. All are in `SUSPECTS`, and `ml.gradcheck` is your tool, as in the cell above. Feed them
+# unusual inputs. Be fair: an operation that is refused is not always guilty. The answer is a set of two names, as
+# `{"relu", "mean"}`.
 #
 # <details><summary>Hint 1</summary>Which inputs make each of the five do something special?</details>
 # <details><summary>Hint 2</summary>Try an index that occurs twice, sizes of 1, one tensor in both places, and zeros.</details>
@@ -299,7 +306,7 @@ check.bug_hunt(guilty)
 # `df(x, dy)` claims to be its backward. Say `True` if the claim is right, `False` if not.
 #
 # Your test will be tested: on gradients that are right (small ones, and ones of size 10⁶), and on gradients that are wrong:
-# in sign, in one element, by 0.01 %.
+# in sign, in one element, by 0.01 %. All arrays are float64.
 #
 # <details><summary>Hint 1</summary>
 # Draw one random dy. The claim is df(x, dy); what you measure is the slope of Σ dy ⊙ f(x).</details>
