@@ -564,7 +564,7 @@ lab.show(figures.learned_and_forgotten({"base": (mean_loss(base, python), mean_l
 # have believed it.
 
 # %% [markdown] lang="zh" of="346615be"
-# *削弱入侵维度能找回一部分 prose。把整个更新量缩小，找回的更多，代价也不更高*。而且，去掉入侵维度（f = 0）之后，
+# *削弱入侵维度能找回一部分 prose。把整个更新量缩小，找回的更多，代价也没有更高*。而且，去掉入侵维度（f = 0）之后，
 # 模型在 Python 上比没有适配器时还差：学到的东西正是由它们承载的。所以，在这个小模型里，在一个种子下，入侵维度是 LoRA 的标志，
 # 而我们没有证据表明是它们造成了遗忘。假如没有对照，我们就会相信这种说法。
 
