@@ -20,6 +20,27 @@
 #
 # Before each experiment there is a *guess*: replace `None` by your number, then run the next cell.
 
+# %% [markdown] lang="zh" of="80aed72d"
+# # 05 · 学到了什么
+#
+# **本课的问题：ΔW 里有什么是 W 里没有的？**
+#
+# LoRA 论文在第 7 节提出了这个问题。我们在一个小模型上重做它的测量，并补上论文没有给出的东西：在随机情形下会得到什么。
+#
+# **你要做的**
+# - 比较两种秩、两个随机种子的适配器的方向
+# - 重建论文的表 7
+# - 把 LoRA 与全量微调放在一起比较，看看忘掉了什么
+#
+# **你会学到**
+# - 子空间相似度 φ，以及它在随机情形下的值
+# - 放大，以及入侵维度（intruder dimensions）
+# - 为什么一个结果需要对照
+#
+# **你需要** 第 03 课（ΔW = s·B@A）和第 04 课（奇异值、最佳秩 q 近似）。所有的范数都是 Frobenius 范数。
+#
+# 每个实验之前都有一次*猜测*：把 `None` 换成你猜的数，然后运行下一个单元。
+
 # %% [markdown] teacher=true
 # **For the teacher.** 60 minutes: 5 questions, 15 section 1, 10 section 2, 15 section 3, 15 section 4. Board: two planes in
 # space and the angle between them; beside it the formula of φ and the line max(i, j)/k. Write the paper's numbers (0.32,
@@ -84,6 +105,20 @@ print(f"the base: loss {mean_loss(base, python):.3f} on Python, {mean_loss(base,
 #
 # First without any training. Two random matrices of 64 columns: how large is φ(8, 64)? And φ(4, 16)?
 
+# %% [markdown] lang="zh" of="620f5f3f"
+# ## 1. 两个适配器会学到相同的方向吗？
+#
+# 把一个更新量写成它的 SVD：ΔW = U S V。（这里的 V 在第 04 课写作 Vᵀ，在 NumPy 里叫 `Vh`。）它沿着 V (r, k) 的各行读取输入，
+# 沿着 U (d, r) 的各列写出输出，最强的排在最前面。取 V₁ⁱ，即一个更新量的 V 的前 i 行；再取 V₂ʲ，即另一个更新量的 V 的前 j 行。
+# 论文中的相似度是
+#
+# φ(i, j) = ‖V₁ⁱ (V₂ʲ)ᵀ‖² / min(i, j).
+#
+# 这 i 行张成一个子空间，那 j 行也张成一个子空间。如果较小的子空间包含在较大的子空间里，φ 等于 1；如果两者正交，φ 等于 0。
+# U、S 和 V 由瘦长因子 A 和 B 得到，做法与第 04 课相同。
+#
+# 先不做任何训练。两个 64 列的随机矩阵：φ(8, 64) 有多大？φ(4, 16) 呢？
+
 # %%
 check.guess("05.noise_8_64", None)
 check.guess("05.noise_4_16", None)
@@ -106,6 +141,13 @@ assert random_baseline(4, 16, 64) == 16 / 64
 # There is a second trap. Our library draws A row by row from the seed. Take two adapters of rank 4 and 16 with the **same**
 # seed. The paper takes the directions from A. How large is φ(4, 16) of the two A before the first step?
 
+# %% [markdown] lang="zh" of="dc7cbca7"
+# *两个随机更新量的重叠是 max(i, j)/k*。论文在 12,288 维中比较秩 8 和秩 64，那里的随机水平是 0.005。在 64 维中做同样的比较，
+# 纯噪声也会得到 1。所以我们在这里比较秩 4 和秩 16，并且在每张图里都画出随机水平。
+#
+# 还有第二个陷阱。我们的库用随机种子逐行生成 A。取秩为 4 和 16 的两个适配器，用**同一个**种子。论文的方向取自 A。在第一步之前，
+# 这两个 A 的 φ(4, 16) 有多大？
+
 # %%
 check.guess("05.same_seed", None)
 
@@ -122,6 +164,10 @@ assert abs(start[3, 15] - 1) < 1e-5
 # %% [markdown]
 # *Nothing was learned, and φ is 1.* Compare adapters of different seeds, or you measure the dice. Now train: ranks 4 and 16,
 # two seeds, on q and v as in the paper. All four train side by side in one sweep.
+
+# %% [markdown] lang="zh" of="3f72523c"
+# *什么都没学到，φ 却等于 1*。要比较种子不同的适配器，否则你测量的只是掷骰子。现在开始训练：秩 4 和秩 16，两个种子，
+# 与论文一样放在 q 和 v 上。四个适配器在一次扫描（sweep）中并排训练。
 
 # %%
 configs = [ml.LoraConfig(r=r, lora_alpha=32, target_modules=Q_V) for r in (4, 16)]
@@ -166,6 +212,11 @@ lab.show(figures.shared_directions(
 # what rank 16 holds differs from seed to seed (φ(16, 16) is below 0.5). And with one seed for both ranks the overlap is
 # larger, for a reason that has nothing to do with the text.
 
+# %% [markdown] lang="zh" of="0c100c2e"
+# *对于 q，两个种子在少数几个方向上一致；对于 v，一致的方向更少*。这就是论文的图 4，只不过规模小到几秒钟就能训练完。
+# 但是请看最后一列：方向取得越多，曲线就越接近虚线。秩 16 所包含的内容，有一半以上随种子而变（φ(16, 16) 低于 0.5）。
+# 而两种秩用同一个种子时，重叠更大，原因与文本毫无关系。
+
 # %% [markdown]
 # ### Exercise 05.1 · ●●○ · 15 min
 #
@@ -179,6 +230,16 @@ lab.show(figures.shared_directions(
 # squares.</details>
 # <details><summary>Hint 3</summary>One random unit vector and one fixed one have a mean squared cosine of 1/k. How many pairs
 # are summed?</details>
+
+# %% [markdown] lang="zh" of="a840f082"
+# ### 练习 05.1 · ●●○ · 15 分钟
+#
+# 用代码写出 φ 以及它的随机水平。A1 是 (r1, k)，A2 是 (r2, k)。A 的方向就是它的右奇异向量，最强的排在最前面。
+# 返回 `(phi, chance)`：两者的 φ(i, j)，以及方向随机时 φ(i, j) 的精确均值（用公式，不用模拟）。不要使用 `minilora.rank`。
+#
+# <details><summary>提示 1</summary>A 的方向是它的 SVD 中 Vh 的各行，最强的在前：一个取 i 行，另一个取 j 行。</details>
+# <details><summary>提示 2</summary>全部 i·j 个余弦，用两个瘦长矩阵的一次乘积就能同时得到。φ 需要的是它们的平方。</details>
+# <details><summary>提示 3</summary>一个随机单位向量与一个固定单位向量，余弦平方的均值是 1/k。一共对多少对求和？</details>
 
 # %% exercise="similarity"
 def similarity(A1, A2, i, j):
@@ -203,6 +264,17 @@ check.similarity(similarity)
 # random ones. The factor is 21.5. At r = 64 it is 1.9.
 #
 # Guess: does our factor rise or fall from r = 4 to r = 16? By how many times?
+
+# %% [markdown] lang="zh" of="9c96331b"
+# ## 2. ΔW 是重复 W，还是加强 W 所忽略的？
+#
+# 这是论文的表 7。设 U (d, r) 和 V (r, k) 是 ΔW 的方向。UᵀWVᵀ 是一个 r × r 矩阵：从 ΔW 的输入方向到 ΔW 的输出方向，W 做了什么。
+# 它的范数说明 W 在那里已经做了多少。*放大因子*是 ‖ΔW‖ / ‖UᵀWVᵀ‖。
+#
+# 在论文中（GPT-3，第 48 层，q，r = 4），‖UᵀWVᵀ‖ 在 ΔW 的方向上是 0.32，在 W 自己最强的方向上是 21.67，在随机方向上是 0.02。
+# 放大因子是 21.5。r = 64 时是 1.9。
+#
+# 猜一猜：从 r = 4 到 r = 16，我们的放大因子是升还是降？相差几倍？
 
 # %%
 check.guess("05.amplification", None)       # factor at r = 4 over factor at r = 16
@@ -239,6 +311,12 @@ lab.show(plots.amplification({"rows": rows}))
 # something is ‖UᵀWVᵀ‖ beside its chance value. For q it is larger, so ΔW strengthens directions that W knows a little. For v
 # at r = 4 it is chance.
 
+# %% [markdown] lang="zh" of="88b24f77"
+# *ΔW 不重复 W：它的方向不是 W 最强的方向*。这与论文一致。但是要小心放大因子。对于随机方向，‖UᵀWVᵀ‖ 约为 ‖W‖·r/√(dk)。
+# 所以当 ‖ΔW‖ 相同时，从 r = 4 到 r = 16，**随机**更新量的放大因子会降到四分之一。论文自己的放大因子，
+# 从 r = 4 到 64 由 21.5 降到 1.9，相差 11 倍，而随机情形下相差 16 倍。真正说明问题的数，是 ‖UᵀWVᵀ‖ 与它的随机水平的对比。
+# 对于 q，它大于随机水平，所以 ΔW 加强了 W 略知一二的方向。对于 r = 4 的 v，它就是随机水平。
+
 # %% [markdown]
 # ### Exercise 05.2 · ●●○ · 12 min
 #
@@ -250,6 +328,16 @@ lab.show(plots.amplification({"rows": rows}))
 # directions.</details>
 # <details><summary>Hint 3</summary>‖·‖ is the Frobenius norm, and the factor compares ‖ΔW‖ (with its scale s) with that
 # projection.</details>
+
+# %% [markdown] lang="zh" of="5967c676"
+# ### 练习 05.2 · ●●○ · 12 分钟
+#
+# 给定 W (d, k)、B (d, r)、A (r, k) 和缩放系数 s，计算表 7 的一行。返回 `(projection, factor)`：前者是 ‖UᵀWVᵀ‖，
+# 其中 U (d, r) 和 V (r, k) 是 ΔW = s·B@A 的 r 个方向；后者是 ‖ΔW‖ / ‖UᵀWVᵀ‖。B 和 A 都满秩，秩为 r。这里可以把 ΔW 算出来。
+#
+# <details><summary>提示 1</summary>ΔW 的方向就是它的 SVD 的方向；只有其中 r 个有意义。</details>
+# <details><summary>提示 2</summary>UᵀWVᵀ 是一个 r×r 矩阵：从 ΔW 的输入方向到 ΔW 的输出方向，W 做了什么。</details>
+# <details><summary>提示 3</summary>‖·‖ 是 Frobenius 范数；放大因子比较的是 ‖ΔW‖（含缩放系数 s）与这个投影。</details>
 
 # %% exercise="amplify"
 def amplify(W, B, A, s):
@@ -273,6 +361,16 @@ check.amplify(amplify)
 # An **intruder** is one of the first ten output directions (columns of U) of W + ΔW that resembles none of W's: its |cos|
 # with each of them, the absolute scalar product of two unit vectors, is below 0.5. Guess: out of 80 (8 matrices), how many
 # does LoRA with r = 4 have, and how many full fine-tuning at the lower rate?
+
+# %% [markdown] lang="zh" of="2f90831b"
+# ## 3. LoRA 是压缩的全量微调吗？
+#
+# 很多文章说：全量微调得到的 ΔW 是低秩的，LoRA 用更少的参数找到了它。我们可以看一看。先训练所有权重（两种学习率），
+# 再把 LoRA 放在所有线性层上训练（秩 4 和秩 16）。
+#
+# **入侵维度**（intruder）是指：在 W + ΔW 的前十个输出方向（U 的列）中，与 W 的任何输出方向都不像的那些方向，
+# 也就是它与 W 的每一个输出方向的 |cos|（两个单位向量的内积的绝对值）都低于 0.5。猜一猜：在总共 80 个方向（8 个矩阵）里，
+# r = 4 的 LoRA 有多少个入侵维度？学习率较低的全量微调又有多少个？
 
 # %%
 check.guess("05.lora_intruders", None)
@@ -314,6 +412,10 @@ if lab.FULL:
 # rank 4: the cut is the best approximation there is (lesson 04). `ml.extract` makes an adapter from the difference of two
 # models.
 
+# %% [markdown] lang="zh" of="9f10b826"
+# 如果 LoRA 是压缩的全量微调，那么把全量微调的 ΔW 截断到秩 4，效果至少应当与秩 4 的 LoRA 一样好，
+# 因为这样的截断就是最佳近似（第 04 课）。`ml.extract` 用两个模型之差生成一个适配器。
+
 # %%
 check.guess("05.cut", None)                 # loss on Python of full fine-tuning's ΔW (rate 0.003), cut to rank 4
 
@@ -345,6 +447,10 @@ lab.show(figures.beside_full({"spectra": {kind: found[path].svd[1].tolist() for 
 # strong, and they become new singular vectors. Both reach a good loss by different updates. (The cut curves keep the linear
 # layers only. Full fine-tuning also trained embeddings, norms and biases.)
 
+# %% [markdown] lang="zh" of="aa8b059c"
+# *LoRA 不是压缩的全量微调*。全量微调把很多方向都改变一点点。LoRA 的方向少，于是把它们变得很强，它们就成了新的奇异向量。
+# 两者用不同的更新量都达到了不错的损失。（截断曲线只保留了线性层。全量微调还训练了嵌入、归一化层和偏置。）
+
 # %% [markdown]
 # ### Exercise 05.3 · ●●○ · 15 min
 #
@@ -355,6 +461,16 @@ lab.show(figures.beside_full({"spectra": {kind: found[path].svd[1].tolist() for 
 # <details><summary>Hint 1</summary>Two SVDs: of W and of W + ΔW. The left singular vectors are the columns of U.</details>
 # <details><summary>Hint 2</summary>For each of the first `top` vectors of W + ΔW, the largest |cos| with any vector of
 # W.</details>
+
+# %% [markdown] lang="zh" of="deb30a7b"
+# ### 练习 05.3 · ●●○ · 15 分钟
+#
+# 数一数入侵维度。对 W + s·B@A 的前 `top` 个左奇异向量，逐个求出它与 W 的所有左奇异向量的 |cos| 的最大值。
+# （W 有 min(d, k) 个左奇异向量：`np.linalg.svd(W, full_matrices=False)`。）返回 `(cosines, count)`：由这 `top` 个数组成的数组，
+# 以及其中低于 epsilon 的个数。
+#
+# <details><summary>提示 1</summary>两次 SVD：W 的和 W + ΔW 的。左奇异向量是 U 的各列。</details>
+# <details><summary>提示 2</summary>对 W + ΔW 的前 `top` 个向量中的每一个，求它与 W 的任意向量的 |cos| 的最大值。</details>
 
 # %% exercise="intruders"
 def intruders(W, B, A, s, epsilon, top):
@@ -376,6 +492,12 @@ check.intruders(intruders)
 # ended on a case where the sentence is simply false: the new task uses inputs that the old task never uses. Do you remember?
 # By how many per cent do the old answers change, in full fine-tuning and in LoRA?
 
+# %% [markdown] lang="zh" of="b2069b21"
+# ## 4. 忘掉了什么？
+#
+# “LoRA 学得更少，也忘得更少。”再看看上面的表：*prose* 一列就是忘掉的部分。而第 03 课的结尾有一个例子，这句话在其中根本不成立：
+# 新任务使用的输入，旧任务从来不用。你还记得吗？在全量微调和 LoRA 中，旧的输出分别改变了百分之几？
+
 # %%
 check.guess("05.old_answers_full", None)
 check.guess("05.old_answers_lora", None)
@@ -396,6 +518,13 @@ if lab.FULL:
 # A paper (arXiv:2410.21228) says that intruders are what forgets, and that softening them (σ times 0.7) brings the old text
 # back at little cost. We try it. We also try the simplest thing, as a control: shrink the **whole** update by the same factor
 # f. Which one gives back more prose?
+
+# %% [markdown] lang="zh" of="9799044e"
+# *在这里，全量微调一点也没有忘，LoRA 却忘了很多*。W 的梯度是 ȳᵀx：新输入为零的地方，梯度也为零。
+# LoRA 的 A 在**所有**列上都随机开始，而 B 把它变成了对旧输入的改变。“忘得更少”是一种倾向，不是定律。
+#
+# 有一篇论文（arXiv:2410.21228）说，造成遗忘的是入侵维度，并且说，削弱它们（σ 乘以 0.7）就能以很小的代价找回旧文本。
+# 我们来试一试。我们也试一件最简单的事作为对照：把**整个**更新量按同样的系数 f 缩小。哪一种找回的 prose 更多？
 
 # %%
 check.guess("05.softened", None)            # loss on prose with intruders times 0.7
@@ -434,6 +563,11 @@ lab.show(figures.learned_and_forgotten({"base": (mean_loss(base, python), mean_l
 # one seed, intruders are a mark of LoRA, and we have no evidence that they cause the forgetting. Without the control we would
 # have believed it.
 
+# %% [markdown] lang="zh" of="346615be"
+# *削弱入侵维度能找回一部分 prose。把整个更新量缩小，找回的更多，代价也没有更高*。而且，去掉入侵维度（f = 0）之后，
+# 模型在 Python 上比没有适配器时还差：学到的东西正是由它们承载的。所以，在这个小模型里，在一个种子下，入侵维度是 LoRA 的标志，
+# 而我们没有证据表明是它们造成了遗忘。假如没有对照，我们就会相信这种说法。
+
 # %% [markdown]
 # ### Exercise 05.4 · ●●● · 25 min
 #
@@ -445,6 +579,17 @@ lab.show(figures.learned_and_forgotten({"base": (mean_loss(base, python), mean_l
 # <details><summary>Hint 2</summary>Multiply their σⱼ by factor and leave all else as it is. What is then the update to
 # W?</details>
 # <details><summary>Hint 3</summary>The change is (factor − 1) Σ σⱼ uⱼvⱼᵀ over the intruders; add it to s·B@A.</details>
+
+# %% [markdown] lang="zh" of="6fddab3d"
+# ### 练习 05.4 · ●●● · 25 分钟
+#
+# 把削弱写成代码。微调后权重的 SVD 是 W + s·B@A = Σ σⱼ uⱼvⱼᵀ。入侵维度是前 `top` 个 uⱼ 中，
+# 与 W 的左奇异向量的 |cos| 最大值低于 epsilon 的那些。把入侵维度的 σⱼ 乘以 `factor`，其余一概不变。返回新的更新量 (d, k)：
+# 新的微调后权重减去 W。
+#
+# <details><summary>提示 1</summary>W + ΔW = Σ σⱼ uⱼvⱼᵀ。像 05.3 那样，在前 `top` 个里找出入侵维度 j。</details>
+# <details><summary>提示 2</summary>把它们的 σⱼ 乘以 factor，其余都保持原样。这时 W 的更新量是什么？</details>
+# <details><summary>提示 3</summary>改变量是 (factor − 1) Σ σⱼ uⱼvⱼᵀ，对入侵维度求和；再把它加到 s·B@A 上。</details>
 
 # %% exercise="soften"
 def soften(W, B, A, s, epsilon, top, factor):
@@ -467,6 +612,13 @@ check.soften(soften)
 # - ΔW leaves W's strong directions alone; LoRA's ΔW is few strong new directions, full fine-tuning's is many weak ones.
 # - "Intruders cause forgetting" and "LoRA forgets less" need controls and have counter-examples.
 
+# %% [markdown] lang="zh" of="1d80f30f"
+# ## 现在你应该能说清楚
+#
+# - 相似度需要有它的基线 max(i, j)/k，还需要不同的种子；没有这些，噪声的 φ 也是 1。
+# - ΔW 不动 W 的强方向；LoRA 的 ΔW 是少数几个强的新方向，全量微调的 ΔW 是许多弱的方向。
+# - “入侵维度造成遗忘”和“LoRA 忘得更少”都需要对照，也都有反例。
+
 # %% [markdown] slide=true
 # ## The slide
 #
@@ -477,3 +629,14 @@ check.soften(soften)
 # - full fine-tuning's ΔW: high effective rank, few intruders; LoRA's: the opposite
 # - cutting full fine-tuning to rank 4 is worse than training at rank 4
 # - a result without a control is a guess: shrink everything, and see
+
+# %% [markdown] lang="zh" of="3a6a36b2"
+# ## 幻灯片
+#
+# **ΔW 里有什么是 W 里没有的？**
+# - φ(i, j) = ‖V₁ⁱ(V₂ʲ)ᵀ‖² / min(i, j)；随机水平是 max(i, j)/k
+# - 两个种子在 q 上有少数几个共同方向，在 v 上更少
+# - 放大因子 ‖ΔW‖/‖UᵀWVᵀ‖ 随 r 下降，这只是算术：要与随机水平比较
+# - 全量微调的 ΔW：有效秩高，入侵维度少；LoRA 的正相反
+# - 把全量微调截断到秩 4，不如直接用秩 4 训练
+# - 没有对照的结果只是猜测：把整个更新量缩小，再看看

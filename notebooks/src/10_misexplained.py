@@ -16,6 +16,24 @@
 # The right statement, in one line: *W is frozen and never decomposed; a new product s·B·A is added, thin by construction,
 # zero at the start; only A and B get gradients; after training s·B·A may be added into W once.*
 
+# %% [markdown] lang="zh" of="f49a12ca"
+# # 10 · 常被讲错的 LoRA
+#
+# **问题：跑一下，你能辨别真假吗？**
+#
+# 讲解 LoRA 的文章很多，讲错的也很多。本课挑出关于 LoRA 的十二句话：十句引自广为流传的文章，两句是我们自己写的。
+# 每一句都变成几行可以运行的代码。然后用五项检验，把真正的 LoRA 和只是看起来像的东西分开。这一课讲的是如何阅读，
+# 不针对任何语言或作者：我们引用说法，不点名。
+#
+# | 你要做的 | 你会学到 | 你需要 |
+# |---|---|---|
+# | 判断十二个说法，再逐一运行 | 哪些常见的话是错的，怎样说才对 | 第 03 课（LoRA）、第 04 课（秩） |
+# | 修好四段代码清单 | 为什么损失下降什么也证明不了 | 60 分钟，一个 CPU 核 |
+# | 为一次训练写一份审计 | 对任何人的 LoRA 都适用的五项检验 | 不需要下载 |
+#
+# 正确的说法，用一句话讲：*W 被冻结，从不被分解；另外加上一个新的乘积 s·B·A，它的构造决定了它是瘦长的，起点为零；
+# 只有 A 和 B 得到梯度；训练之后，可以把 s·B·A 一次性加进 W。*
+
 # %% [markdown] teacher=true
 # **For the teacher: 60 minutes with the class, or 25 as the end of a lecture.** Poll first, talk later: hand out the twelve
 # claims (the table below prints on one page), five minutes, every student writes T, F or D. Count hands for claims 1, 7 and
@@ -48,6 +66,24 @@
 # | 11 | 「批次可以设置更大，因为显存占用低」 | The batch can be larger, because LoRA needs little memory. |
 # | 12 | 「w1*LoRA_1 + w2*LoRA_2」 | Two adapters can be combined as w1·LoRA₁ + w2·LoRA₂. |
 
+# %% [markdown] lang="zh" of="43abc143"
+# ## 0. 先写下你的判断
+#
+# | | 说法 |
+# |---|---|
+# | 1 | 「将预训练模型的参数矩阵分解为低秩矩阵的乘积形式」 |
+# | 2 | 「$W^Q=A^Q\times\sqrt{d_K}$」「$A^Q$ 只包含少量参数」 |
+# | 3 | 「W = A + B，B 冻结，只更新低秩矩阵 A」 |
+# | 4 | 「文本分类：只更新分类器部分」 |
+# | 5 | A 随机，B 为零，所以训练开始时模型不变。（我们写的） |
+# | 6 | 「α 表示学习率」 |
+# | 7 | 「避免了灾难性遗忘」 |
+# | 8 | 「有助于减少模型大小」「大幅减少计算复杂度」 |
+# | 9 | 合并以后，推理没有任何额外开销。（我们写的） |
+# | 10 | 「7B ~10M, 13B ~20M, 70B ~100M；99.86%」 |
+# | 11 | 「批次可以设置更大，因为显存占用低」 |
+# | 12 | 「w1*LoRA_1 + w2*LoRA_2」 |
+
 # %%
 import inspect
 
@@ -71,6 +107,9 @@ def draws(seed=0):
 # %% [markdown]
 # Write "true", "false" or "depends" in place of each `None`, and run the cell. Later cells compare.
 
+# %% [markdown] lang="zh" of="56781ef5"
+# 把每个 `None` 换成 "true"（对）、"false"（错）或 "depends"（看情况），然后运行这个单元。后面的单元会与之比较。
+
 # %%
 check.guess("10.claim 1: decomposes W", None)
 check.guess("10.claim 2: W = A·√d", None)
@@ -92,6 +131,13 @@ check.guess("10.claim 12: w1·LoRA₁ + w2·LoRA₂", None)
 #
 # If W were replaced by a product of two thin matrices, the best such product would be its truncated SVD. How much of the
 # answer is then lost? And how much does LoRA change at its start?
+
+# %% [markdown] lang="zh" of="1fe49d34"
+# ## 1. W 发生了什么
+#
+# ### 说法 1：LoRA 分解 W
+#
+# 假如用两个瘦长矩阵的乘积代替 W，那么最好的乘积就是 W 的截断 SVD。这样会损失掉多少输出？而 LoRA 在起点又改变了多少？
 
 # %%
 d = k = 128
@@ -121,6 +167,14 @@ check.compare("10.claim 1: decomposes W", "false")
 # ### Claims 2 and 3. W = A·√d; W = A + B with a low-rank A
 #
 # Both listings train "only A". Here they are, as they run.
+
+# %% [markdown] lang="zh" of="30de144d"
+# **正解**：什么都没有被分解。W 保持完整，写成乘积的是*更新量*。这里用一个随机矩阵代替训练好的矩阵。
+# 第 08 课测量了一个真实模型的全部 36 个矩阵：它们的最佳秩 8 近似的误差为 87% 到 95%，噪声矩阵的则为 96% 到 98%。
+#
+# ### 说法 2 和 3：W = A·√d；W = A + B，其中 A 低秩
+#
+# 这两段清单都“只训练 A”。下面是实际运行的代码。
 
 # %%
 print(inspect.getsource(listings.scaled_copy), inspect.getsource(listings.split), sep="\n")
@@ -157,6 +211,16 @@ check.compare("10.claim 3: W = A + B", "false")
 #
 # A frozen layer, and labels that need one direction of the input which that layer ignores.
 
+# %% [markdown] lang="zh" of="d6717066"
+# **正解**：秩不是想保住就能保住的。形状与 W 相同的矩阵，得到的梯度形状也与 W 相同，第一步就把它填满了。
+# 两个*瘦长*因子则从构造上保证秩不超过 r。（把 W 写成瘦长的主成分因子加上一个冻结的剩余部分，这是 PiSSA，一种真实的方法。）
+#
+# ## 2. 它怎样训练
+#
+# ### 说法 4：只更新分类器
+#
+# 一个冻结的层；标签取决于输入的某一个方向，而这一层恰好忽略了这个方向。
+
 # %%
 k, h, n, draw = 20, 64, 600, draws(1)
 u = draw(k)
@@ -191,6 +255,12 @@ check.compare("10.claim 4: only the classifier", "false")
 #
 # ### Claim 5. A random, B zero: unchanged at the start
 
+# %% [markdown] lang="zh" of="2c81b791"
+# **正解**：在冻结的特征上训练分类器，这叫线性探测（linear probe）。特征里没有的东西，它看不见。
+# LoRA 则会稍稍改变它所在的每一层。
+#
+# ### 说法 5：A 随机，B 为零，起点不变
+
 # %%
 d = k = 128
 r, s, draw = 8, 2.0, draws()
@@ -217,6 +287,14 @@ check.compare("10.claim 5: B starts at zero", "true")
 #
 # One step from the same A and B = 0, at scales s = 1, 2, 4. If s were a learning rate, ΔW would grow 1, 2, 4 under every
 # optimiser.
+
+# %% [markdown] lang="zh" of="45e8c268"
+# **正解，而且这是关于起点的唯一规则**：恰好有一个因子为零。两个都随机，第一步之前模型就已经被破坏；两个都为零，就永远不动，
+# 因为每个因子的梯度都要乘以另一个因子。
+#
+# ### 说法 6：α 是学习率
+#
+# 从同样的 A 和 B = 0 出发走一步，缩放系数取 s = 1、2、4。如果 s 是学习率，那么不管用哪种优化器，ΔW 都应当按 1、2、4 倍增长。
 
 # %%
 def first_update(s, optimiser, **options):
@@ -249,6 +327,19 @@ check.compare("10.claim 6: α is a learning rate", "false")
 # <details><summary>Hint 1</summary>What must be in `frozen`? Look at the one-line statement at the top.</details>
 # <details><summary>Hint 2</summary>Two thin factors: their product has W's shape. Which of them starts at zero?</details>
 
+# %% [markdown] lang="zh" of="bdf3654a"
+# **正解**：α/r 是支路上的缩放系数。在 SGD 下它起两次作用（一次在梯度里，一次在输出里），在 Adam 下只起一次作用。
+#
+# ### 练习 10.1 · ●●○ · 8 分钟
+#
+# 还是说法 2 的清单（上面打印过的 `scaled_copy`）：`W = A·√d`。请改写它，使它*真的*成为 LoRA，三行就够了。返回三样东西：
+# `trained` 和 `frozen`，它们是由 float64 数组组成的字典；还有一个函数 `weight(trained, frozen)`。这个函数给出权重 (out, in)，
+# 而且只用 `+ - * @ .T` 和 `.sum`，因为检查程序也会用 Tensor 调用它来训练。`s` 就是 LoRA 完整的缩放系数 α/r。
+# 随机数从 `rng` 中取。
+#
+# <details><summary>提示 1</summary>`frozen` 里必须有什么？看看开头那句正确的说法。</details>
+# <details><summary>提示 2</summary>两个瘦长因子：它们的乘积与 W 形状相同。哪一个从零开始？</details>
+
 # %% exercise="repair_scaled"
 def repair_scaled(W, r, s, rng):
     """W (out, in), rank r, scale s -> (trained, frozen, weight). The listing was: A = W / √d; the weight is A·√d."""
@@ -271,6 +362,15 @@ check.repair_scaled(repair_scaled)
 # <details><summary>Hint 1</summary>The other summand must be zero at the start, since B is already all of W.</details>
 # <details><summary>Hint 2</summary>Train two thin factors, and multiply them inside `weight`, not before.</details>
 
+# %% [markdown] lang="zh" of="f1aedb25"
+# ### 练习 10.2 · ●●○ · 6 分钟
+#
+# 说法 3 的清单：`W = A + B`，冻结 `B`，训练 `A`。请保留两项相加的形式，也就是保留 `frozen["B"] + ...` 这一行。
+# 但是要让 `B` 成为整个 W，并让另一项无论怎样训练，秩都不超过 r。
+#
+# <details><summary>提示 1</summary>另一项在起点必须为零，因为 B 已经是整个 W。</details>
+# <details><summary>提示 2</summary>训练两个瘦长因子，并在 `weight` 里面相乘，不要提前乘好。</details>
+
 # %% exercise="repair_split"
 def repair_split(W, r, s, rng):
     """W (out, in), rank r, scale s -> (trained, frozen, weight). The listing was: A = best rank-r part of W, B = W - A."""
@@ -292,6 +392,14 @@ check.repair_split(repair_split)
 # The old task is W itself: its loss is zero before. Case one: old and new inputs are the same kind. LoRA of rank r then
 # learns the best rank-r part of the change (lesson 04), and the old answers move by just that part. Case two: the new
 # inputs lie in other directions than the old ones.
+
+# %% [markdown] lang="zh" of="20b09b43"
+# ## 3. 它保住什么，又要付出什么
+#
+# ### 说法 7：LoRA 避免了灾难性遗忘
+#
+# 旧任务就是 W 本身：训练之前它的损失为零。情形一：新旧输入属于同一类。此时秩为 r 的 LoRA 学到所需改变的最佳秩 r 近似（第 04
+# 课），旧的输出也恰好随这一部分而变。情形二：新输入所在的方向与旧输入不同。
 
 # %%
 draw, d = draws(), 64
@@ -325,6 +433,12 @@ check.compare("10.claim 7: avoids forgetting", "depends")
 #
 # ### Claims 8 and 9. Smaller, less arithmetic; merged, it costs nothing
 
+# %% [markdown] lang="zh" of="a1afb465"
+# **正解**：冻结的参数不等于冻结的函数。LoRA 常常学得少一些，于是忘得也少一些。这里给出的是反例：两者都学会了新任务。
+# 全量微调让旧的输出完全不变，因为它的梯度落在新输入的方向上。LoRA 却做不到，因为它的 A 随机开始，朝向所有的方向。
+#
+# ### 说法 8 和 9：更小，计算更少；合并以后没有额外开销
+
 # %% exact=true
 model = ml.Transformer(ml.TransformerConfig(vocab_size=256, d_model=64, n_layers=2, n_heads=4, max_len=64))
 numbers = {"base": ml.count_parameters(model)["total"]}
@@ -355,6 +469,14 @@ check.compare("10.claim 9: merged costs nothing", "true")
 #
 # `ml.params` counts a model that does not fit this machine, without making it.
 
+# %% [markdown] lang="zh" of="64174b9a"
+# **正解**：一个任务的*文件*很小。而运行的模型多出了适配器那一部分，合并之后则与原来一样大。在训练中，W 仍然要乘两次：
+# 计算量最多减少三分之一。由此得不出“快两到三倍”。
+#
+# ### 说法 10 和 11：总是 99.86%；批量更大
+#
+# `ml.params` 能统计这台机器放不下的模型的参数量，而不必真的创建它。
+
 # %%
 sizes = ("llama-2-7b", "llama-2-13b", "llama-2-70b")
 choices = {"all linear": "all-linear", "q, k, v, o": ["q_proj", "k_proj", "v_proj", "o_proj"], "q, v": ["q_proj", "v_proj"]}
@@ -384,6 +506,13 @@ lab.show(figures.shares({"models": ["7B", "13B", "70B"], "claimed": [0.0014] * 3
 #
 # ### Claim 12. w1·LoRA₁ + w2·LoRA₂
 
+# %% [markdown] lang="zh" of="705c2a69"
+# **正解**：模型越大，可训练参数所占的比例越小，大致与 1/d 成正比；这个比例还取决于你选了哪些矩阵。
+# LoRA 省下的部分（梯度和 Adam 的矩估计）不随批量增长；激活值会随批量增长，而 LoRA 照样要保存它们。所以批量为 1 时省得很多，
+# 批量为 64 时几乎什么也没省。说“看情况”，是因为重计算激活值会让两边的情形都改变。
+#
+# ### 说法 12：w1·LoRA₁ + w2·LoRA₂
+
 # %%
 d, r, draw = 256, 8, draws()
 A1, A2, B1, B2 = draw((r, d)), draw((r, d)), draw((d, r)), draw((d, r))
@@ -409,6 +538,15 @@ check.compare("10.claim 12: w1·LoRA₁ + w2·LoRA₂", "depends")
 #
 # Does a falling loss show that a recipe is a LoRA? Here are the paper's LoRA and six listings. How many of the six reach a
 # *lower training loss* than LoRA? Then the five tests run on all of them: `check.is_lora(weight, trained, frozen, r=...)`.
+
+# %% [markdown] lang="zh" of="049cfd2a"
+# **正解**：更新量 ΔW 可以相加，因子不可以。和的乘积里有交叉项 B₁A₂，它们没有任何意义。`ml.compose` 把因子并排拼接，
+# 结果是精确的。如果只用原来的秩 r，在这里就算是最好的答案也会损失一半以上。
+#
+# ## 4. 五项检验
+#
+# 损失下降，能说明一种做法是 LoRA 吗？这里有论文中的 LoRA 和六段清单。六段之中，有几段的*训练损失比 LoRA 更低*？
+# 然后对它们全部运行五项检验：`check.is_lora(weight, trained, frozen, r=...)`。
 
 # %%
 check.guess("10.m wrong listings with a lower loss than LoRA", None)
@@ -452,6 +590,26 @@ lab.show(figures.ticks({"rows": rows, "rank": r, "size": d}))
 # <details><summary>Hint 1</summary>The sum over i of the outer products of b[i] and a[i] is one matrix product.</details>
 # <details><summary>Hint 2</summary>Check the shapes: (out, r) times (r, in).</details>
 
+# %% [markdown] lang="zh" of="65e8f576"
+# **六段之中有三段，在见过的数据上比 LoRA 学得更好。** 它们是伪装的全量微调。在这里，它们在新数据上不如 LoRA，
+# 因为真正的改变秩为 4，而它们把噪声也拟合了进去。但这同样不是证明：换一种改变，结果就会反过来。所以损失辨别不了，
+# 五项检验却可以：
+#
+# 1. **起点是空操作**（no-op at the start）：权重与 W 逐位相同。（有两段清单只差一次舍入，所以单凭这一项还不够。）
+# 2. **参数少**（few numbers）：最多 r(in + out) 个；如果有对角矩阵，再多 r 个。
+# 3. **基座保留**（base kept）：W 在被冻结的数组之中，训练后每个字节都没有变。
+# 4. **低秩**（low rank）：改变量的秩最多为 r，训练之后也是如此。
+# 5. **学得到**（learns）：损失降到基座损失的一半以下。
+#
+# ### 练习 10.3 · ●●○ · 10 分钟
+#
+# “A 按秩求和”：这段清单保存 r 个完整的矩阵，再把它们加起来，而 W 根本没有出现。请保留“按秩求和”这个想法，但是让每一项都*瘦长*：
+# 第 i 项是 s 乘以 `b[i]` (out,) 与 `a[i]` (in,) 的外积。于是 `trained` 是 `{"a": (r, in), "b": (r, out)}`。不需要循环。
+# 那么 W 呢？
+#
+# <details><summary>提示 1</summary>b[i] 与 a[i] 的外积对 i 求和，就是一次矩阵乘法。</details>
+# <details><summary>提示 2</summary>检查形状：(out, r) 乘以 (r, in)。</details>
+
 # %% exercise="repair_summed"
 def repair_summed(W, r, s, rng):
     """W (out, in), rank r, scale s -> (trained, frozen, weight). The listing was: A (r, out, in); the weight is A.sum(0)."""
@@ -474,6 +632,15 @@ check.repair_summed(repair_summed)
 #
 # <details><summary>Hint 1</summary>One of the three zero is enough. Two zero are too many: why?</details>
 # <details><summary>Hint 2</summary>Lambda has one axis: (U * Lambda) scales the columns of U.</details>
+
+# %% [markdown] lang="zh" of="2e3cf386"
+# ### 练习 10.4 · ●●○ · 8 分钟
+#
+# `W + U·Λ·Vᵀ`，三个随机的因子。请保留这三个因子：`trained` 是 `{"U": (out, r), "Lambda": (r,), "V": (in, r)}`，
+# 更新量是 s·U·Λ·Vᵀ，其中 Λ 是以 `Lambda` 为对角元素的对角矩阵。现在让它在起点是空操作，而又能够学习。（AdaLoRA 就是这种形式。）
+#
+# <details><summary>提示 1</summary>三个之中有一个为零就够了。两个为零就太多了：为什么？</details>
+# <details><summary>提示 2</summary>Lambda 只有一个轴：(U * Lambda) 缩放 U 的各列。</details>
 
 # %% exercise="repair_factors"
 def repair_factors(W, r, s, rng):
@@ -498,6 +665,15 @@ check.repair_factors(repair_factors)
 #
 # <details><summary>Hint 1</summary>A base that moved a little passes `np.allclose`. A NaN is not equal to itself.</details>
 # <details><summary>Hint 2</summary>`array.tobytes()` gives the bits.</details>
+
+# %% [markdown] lang="zh" of="95a245d9"
+# ### 练习 10.5 · ●●○ · 8 分钟
+#
+# 有人交给你一个模型训练前后的参数，都是由数组组成的字典，还有*本该*被训练的数组的名字。请说出哪里出了错：哪些数组不该动却动了，
+# 哪些该动却没有动。要逐位比较：基座动了 10⁻¹²，也是动了。（`check.audit(before, after)` 对整个模型完成前一半工作。）
+#
+# <details><summary>提示 1</summary>基座只动了一点点时，`np.allclose` 会放行。NaN 不等于它自己。</details>
+# <details><summary>提示 2</summary>`array.tobytes()` 给出所有的比特。</details>
 
 # %% exercise="what_moved"
 def what_moved(before, after, trained):
@@ -526,6 +702,17 @@ check.what_moved(what_moved)
 # <details><summary>Hint 1</summary>Get the counts back: recall = hits / support, precision = hits / predicted.</details>
 # <details><summary>Hint 2</summary>F1 = 2 · hits / (support + predicted), each summed over the labels.</details>
 
+# %% [markdown] lang="zh" of="e6c02d64"
+# ### 练习 10.6 · ●○○ · 8 分钟
+#
+# 有一篇文章报告命名实体识别达到“97.3% F1”，并列出下面的表 `TABLE`：每个标签的精确率、召回率和支持数（真实的词元数）。
+# O（不是实体）是九个标签之一，占 46,435 个词元中的 38,323 个。请写出这样一张表的微平均 F1：
+# 由所有行（包括 O）的计数得到一个 F1。然后用文章自己的各行来调用它：`micro_f1(*np.array(list(TABLE.values())).T)`。
+# 结果是 0.981；去掉 O 那一行，是 0.922。一个永远回答 O 的程序能得到 0.825。其中没有“97.3%”。
+#
+# <details><summary>提示 1</summary>先把计数还原出来：召回率 = 命中数 / 支持数，精确率 = 命中数 / 预测数。</details>
+# <details><summary>提示 2</summary>F1 = 2 · 命中数 / (支持数 + 预测数)，每一项都对所有标签求和。</details>
+
 # %% exercise="micro_f1"
 TABLE = {"B-LOC": (0.926, 0.906, 1668), "I-LOC": (0.900, 0.805, 257), "B-MISC": (0.875, 0.856, 702),
          "I-MISC": (0.838, 0.782, 216), "B-ORG": (0.914, 0.898, 1661), "I-ORG": (0.911, 0.894, 835),
@@ -550,12 +737,25 @@ check.micro_f1(micro_f1)
 # it could be false. Test it in at most ten lines with the library. Give a verdict: true, false, or on what it depends. It
 # may well be true: then say for which case you have shown it.
 
+# %% [markdown] lang="zh" of="ca26082d"
+# ### 练习 10.7 · ●●● · 30 分钟，开放题
+#
+# 在网上找一句关于 LoRA 的话，用你能读的任何语言都可以。引用它，不要点名。说清楚它主张什么，而且要说得有可能被证伪。
+# 用这个库写最多十行代码来检验它。给出结论：对、错，或者取决于什么。它完全可能是对的：那就说明你在哪种情形下证实了它。
+
 # %% [markdown]
 # ## What you should be able to say now
 #
 # 1. W is frozen and never decomposed. The update is a thin product, zero at the start, because one factor is zero.
 # 2. A falling loss proves nothing. Five tests do: no-op, few numbers, base kept, low rank, learns.
 # 3. "Forgets less", "larger batches" and "add two adapters" hold in some cases only, and I can say in which.
+
+# %% [markdown] lang="zh" of="c8bb14af"
+# ## 现在你应该能说清楚
+#
+# 1. W 被冻结，从不被分解。更新量是一个瘦长的乘积，起点为零，因为有一个因子为零。
+# 2. 损失下降什么也证明不了。能证明的是五项检验：起点是空操作、参数少、基座保留、低秩、学得到。
+# 3. “忘得更少”、“批量更大”、“两个适配器相加”都只在某些情形下成立，而我能说出是哪些。
 
 # %% [markdown] slide=true
 # **LoRA, told from its look-alikes**
@@ -566,3 +766,13 @@ check.micro_f1(micro_f1)
 # - saves optimiser memory and files; not size, not 2-3 times the time
 # - add updates ΔW, never factors
 # - **test it: no-op · few numbers · base kept · low rank · learns**
+
+# %% [markdown] lang="zh" of="60dacc00"
+# **分清 LoRA 与它的冒牌货**
+# - W' = W + s·B·A：W 冻结而完整，A 随机，B 为零
+# - “分解 W”：完整矩阵的最佳秩 8 近似，误差达 90%
+# - W = A·√d，W = A + B：伪装的全量微调
+# - α/r：加倍时，SGD 下 ×4，Adam 下 ×2；它不是学习率
+# - 省优化器的内存，也省文件；不省模型大小，也省不出两三倍的时间
+# - 相加的是更新量 ΔW，绝不是因子
+# - **检验它：空操作 · 参数少 · 基座保留 · 低秩 · 学得到**
