@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 06 Merging and composing
+# # 06 · Merging and composing
 #
 # **Can adapters be added like numbers?**
 #
@@ -47,7 +47,7 @@ folder = tempfile.TemporaryDirectory()
 place = Path(folder.name)
 
 # %% [markdown]
-# ## 1 Sums of products, sums of factors
+# ## 1. Sums of products, sums of factors
 #
 # One base, two adapters of rank 8. The first learns Python. The second learns to SHOUT: the same English prose, in capital
 # letters. Each is trained alone and saved in PEFT's files.
@@ -174,7 +174,7 @@ def sum_at_rank(B1, A1, s1, B2, A2, s2, w1, w2, q):
 check.sum_at_rank(sum_at_rank)
 
 # %% [markdown]
-# ## 2 Is a sum of updates a sum of skills?
+# ## 2. Is a sum of updates a sum of skills?
 #
 # First look at the updates. The cosine of ΔW₁ and ΔW₂, as long vectors, is 1 if they agree, 0 if they are orthogonal. Guess
 # it. Then guess the loss on Python with the **whole** sum ΔW₁ + ΔW₂: near the Python adapter's, or worse?
@@ -251,7 +251,7 @@ def mixed_batch(x, W, Bs, As, scales, which):
 check.mixed_batch(mixed_batch)
 
 # %% [markdown]
-# ## 3 Merge, and unmerge
+# ## 3. Merge, and unmerge
 #
 # A merged adapter costs nothing at inference. To serve another one, unmerge first. Many tools subtract the update again.
 # Guess how many entries of W are not what they were, after 20 times merge and subtract in float32. And after
@@ -311,7 +311,7 @@ def serve(W, updates):
 check.serve(serve)
 
 # %% [markdown]
-# ## 4 Into half precision
+# ## 4. Into half precision
 #
 # Checkpoints are stored in 16 bits, QLoRA's bases in 4. Round W to the format, add ΔW, round again: what is left of ΔW? bf16
 # keeps 8 significant bits, so a change below 1/512 of an entry never moves it, and one above 1/256 always does. Guess: of an
