@@ -476,7 +476,7 @@ check.update_growth(update_growth)
 # %% [markdown] lang="zh" of="d0f722cd"
 # ## 4. 微调：改变了什么，必须保存什么？
 #
-# 基座模型读过英文文本（prose）。现在让它学 Python 源代码。四次训练读同样的批量：r = 1 和 r = 8 的 LoRA，学习率为 0.003
+# 基座模型读过英文文本（prose）。现在让它学 Python 源代码。四次训练读取同样的小批量：r = 1 和 r = 8 的 LoRA，学习率为 0.003
 # 的全量微调，以及学习率为其三分之一的全量微调。
 #
 # **猜测**：全量微调（0.003）使 Python 上的损失下降一定的量。r = 8 的 LoRA 能达到其中的百分之几？
@@ -536,7 +536,7 @@ lab.show(figures.learned_and_forgotten({"base": base, "runs": runs}))
 # `torch.save(model.state_dict(), 'lora_model.pth')`: that writes the whole model.
 
 # %% [markdown] lang="zh" of="5f49ad31"
-# **在 LoRA 下，W 没有一个字节改变，而模型学会了。** （*base weights* 一列是这些权重全部字节的指纹。）r = 8 的 LoRA
+# **在 LoRA 下，W 没有一个字节改变，模型却学会了。** （*base weights* 一列是这些权重全部字节的指纹。）r = 8 的 LoRA
 # 用七分之一的参数，学到了全量微调所学的大部分。r = 1 只用五十九分之一的参数，也学到了不小的一部分。
 #
 # 那么必须保存什么？只保存基座模型没有的东西。有一段流传很广的代码以 `torch.save(model.state_dict(), 'lora_model.pth')` 结尾：
