@@ -12,6 +12,7 @@ from minilora.studies import STUDIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHINESE = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
 
 
 def block(mark: str) -> str:
@@ -87,3 +88,34 @@ def test_the_results_are_those_of_the_committed_json():
         assert (targets, int(rank), int(trainable.replace(",", ""))) == (row["targets"], row["rank"], row["trainable"])
         assert mean == f"{row['loss_mean']:.3f}" and sd == f"{row['loss_sd']:.3f}"
     assert f"{text['base']['loss']:.3f}" in README and f"{text['full']['loss_mean']:.3f}" in README
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"[0-9]+(?:[.,][0-9]+)*(?:e-[0-9]+)?", text)
+
+
+def links(text: str) -> set[str]:
+    return set(re.findall(r"\]\(([^)]+)\)", text))
+
+
+def in_order(some: list[str], more: list[str]) -> bool:
+    rest = iter(more)
+    return all(each in rest for each in some)
+
+
+def test_the_chinese_readme_has_commands_code_and_links_of_this_one_only():
+    fenced = re.compile(r"^```\w*\n.*?^```$", re.DOTALL | re.MULTILINE)
+    blocks = fenced.findall(CHINESE)
+    assert sum(text.startswith("```bash") for text in blocks) >= 3
+    assert [text for text in [*blocks, *re.findall(r"`[^`\n]+`", fenced.sub("", CHINESE))] if text not in README] == []
+    assert links(CHINESE) - links(README) == {"README.md"} and "README.zh-CN.md" in links(README)
+
+
+def test_the_chinese_readme_has_numbers_of_this_one_only():
+    """The numbers of a table's row stand in this order in one row here, which has its links; any other number stands here."""
+    rows = [row for row in README.splitlines() if row.startswith("|")]
+    for line in CHINESE.splitlines():
+        if line.startswith("|"):
+            assert any(links(line) <= links(row) and in_order(numbers(line), numbers(row)) for row in rows), line
+        else:
+            assert set(numbers(line)) <= set(numbers(README)), line
