@@ -635,21 +635,23 @@ assert max(changed["full_left"], changed["lora_left"], changed["blind_left"]) < 
 # - 冻结的权重不是冻结的函数：忘掉了多少，要在学得同样多时测量。
 
 # %% [markdown] slide=true
-# > **LoRA on one slide**
-# >
-# > W' = W + (α/r)·B A,   W (d, k) frozen,   A (r, k) random,   B (d, r) zero
-# > trained: r(d + k) of d·k numbers; it pays while r < dk/(d + k)
-# > ∂B = s G Aᵀ,   ∂A = s Bᵀ G   → the first update moves B alone
-# > α twice as large: first update ×4 (SGD), ×2 (Adam): no learning rate
-# > save A and B only; merge when done: one product again, no cost
-# > frozen numbers ≠ frozen function: LoRA forgets too
+# ## The slide
+#
+# **LoRA on one slide**
+# - W' = W + (α/r)·B A,   W (d, k) frozen,   A (r, k) random,   B (d, r) zero
+# - trained: r(d + k) of d·k numbers; it pays while r < dk/(d + k)
+# - ∂B = s G Aᵀ,   ∂A = s Bᵀ G   → the first update moves B alone
+# - α twice as large: first update ×4 (SGD), ×2 (Adam): no learning rate
+# - save A and B only; merge when done: one product again, no cost
+# - frozen numbers ≠ frozen function: LoRA forgets too
 
-# %% [markdown] lang="zh" of="27780ce6"
-# > **一页幻灯片讲 LoRA**
-# >
-# > W' = W + (α/r)·B A，   W (d, k) 冻结，   A (r, k) 随机，   B (d, r) 为零
-# > 训练的数：d·k 个中的 r(d + k) 个；r < dk/(d + k) 时才划算
-# > ∂B = s G Aᵀ，   ∂A = s Bᵀ G   → 第一步更新只动 B
-# > α 加倍：第一步更新 ×4（SGD），×2（Adam）：不是学习率
-# > 只保存 A 和 B；训练完就合并：又只有一个乘积，没有额外开销
-# > 冻结的数 ≠ 冻结的函数：LoRA 也会遗忘
+# %% [markdown] lang="zh" of="1a24f11d"
+# ## 幻灯片
+#
+# **一页幻灯片讲 LoRA**
+# - W' = W + (α/r)·B A，   W (d, k) 冻结，   A (r, k) 随机，   B (d, r) 为零
+# - 训练的数：d·k 个中的 r(d + k) 个；r < dk/(d + k) 时才划算
+# - ∂B = s G Aᵀ，   ∂A = s Bᵀ G   → 第一步更新只动 B
+# - α 加倍：第一步更新 ×4（SGD），×2（Adam）：不是学习率
+# - 只保存 A 和 B；训练完就合并：又只有一个乘积，没有额外开销
+# - 冻结的数 ≠ 冻结的函数：LoRA 也会遗忘

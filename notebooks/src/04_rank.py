@@ -473,21 +473,23 @@ if lab.FULL:
 # - 更新量用到的秩，只凭 A 和 B 就能测出；给的秩越大，它就越大。
 
 # %% [markdown] slide=true
-# > **How much rank? On one slide**
-# >
-# > best loss at rank r = Σ σᵢ² over i > r (Eckart-Young): LoRA reaches it
-# > planted rank 4: an elbow at 4. Text: no elbow, each doubling gains less
-# > the same numbers on all matrices beat q, v alone
-# > learning rate first, then more matrices, then rank
-# > effective rank e^H(σ/Σσ) from thin factors: QR, QR, a small SVD; never form ΔW
-# > two seeds at least, bars on the figure, base and full fine-tuning as lines
+# ## The slide
+#
+# **How much rank? On one slide**
+# - best loss at rank r = Σ σᵢ² over i > r (Eckart-Young): LoRA reaches it
+# - planted rank 4: an elbow at 4. Text: no elbow, each doubling gains less
+# - the same numbers on all matrices beat q, v alone
+# - learning rate first, then more matrices, then rank
+# - effective rank e^H(σ/Σσ) from thin factors: QR, QR, a small SVD; never form ΔW
+# - two seeds at least, bars on the figure, base and full fine-tuning as lines
 
 # %% [markdown] lang="zh" of="14fb11ae"
-# > **需要多大的秩？一页幻灯片**
-# >
-# > 秩为 r 时的最优损失 = i > r 的 Σ σᵢ²（Eckart-Young）：LoRA 能达到
-# > 埋入的秩为 4：肘点在 4。文本：没有肘点，每次加倍的收益越来越小
-# > 同样多的参数，放在所有矩阵上胜过只放在 q、v 上
-# > 先学习率，再更多的矩阵，然后才是秩
-# > 有效秩 e^H(σ/Σσ) 由细长的因子求得：QR、QR、一个小的 SVD；从不形成 ΔW
-# > 至少两个种子，图上有误差条，基座模型和全量微调画成线
+# ## 幻灯片
+#
+# **需要多大的秩？一页幻灯片**
+# - 秩为 r 时的最优损失 = i > r 的 Σ σᵢ²（Eckart-Young）：LoRA 能达到
+# - 埋入的秩为 4：肘点在 4。文本：没有肘点，每次加倍的收益越来越小
+# - 同样多的参数，放在所有矩阵上胜过只放在 q、v 上
+# - 先学习率，再更多的矩阵，然后才是秩
+# - 有效秩 e^H(σ/Σσ) 由细长的因子求得：QR、QR、一个小的 SVD；从不形成 ΔW
+# - 至少两个种子，图上有误差条，基座模型和全量微调画成线

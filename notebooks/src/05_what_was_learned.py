@@ -115,7 +115,7 @@ print(f"the base: loss {mean_loss(base, python):.3f} on Python, {mean_loss(base,
 # φ(i, j) = ‖V₁ⁱ (V₂ʲ)ᵀ‖² / min(i, j).
 #
 # 这 i 行张成一个子空间，那 j 行也张成一个子空间。如果较小的子空间包含在较大的子空间里，φ 等于 1；如果两者正交，φ 等于 0。
-# U、S 和 V 由瘦长因子 A 和 B 得到，做法与第 04 课相同。
+# U、S 和 V 由细长因子 A 和 B 得到，做法与第 04 课相同。
 #
 # 先不做任何训练。两个 64 列的随机矩阵：φ(8, 64) 有多大？φ(4, 16) 呢？
 
@@ -238,7 +238,7 @@ lab.show(figures.shared_directions(
 # 返回 `(phi, chance)`：两者的 φ(i, j)，以及方向随机时 φ(i, j) 的精确均值（用公式，不用模拟）。不要使用 `minilora.rank`。
 #
 # <details><summary>提示 1</summary>A 的方向是它的 SVD 中 Vh 的各行，最强的在前：一个取 i 行，另一个取 j 行。</details>
-# <details><summary>提示 2</summary>全部 i·j 个余弦，用两个瘦长矩阵的一次乘积就能同时得到。φ 需要的是它们的平方。</details>
+# <details><summary>提示 2</summary>全部 i·j 个余弦，用两个细长矩阵的一次乘积就能同时得到。φ 需要的是它们的平方。</details>
 # <details><summary>提示 3</summary>一个随机单位向量与一个固定单位向量，余弦平方的均值是 1/k。一共对多少对求和？</details>
 
 # %% exercise="similarity"

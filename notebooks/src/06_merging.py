@@ -410,8 +410,9 @@ check.smallest(smallest)
 # - Unmerge by keeping W; merge once, in float32, and know how small an update your format swallows.
 
 # %% [markdown] slide=true
-# ## On one slide: merging and composing
+# ## The slide
 #
+# **Merging and composing**
 # - w₁ΔW₁ + w₂ΔW₂ = [w₁s₁B₁ w₂s₂B₂] [A₁; A₂]: exact, rank r₁ + r₂.
 # - (B₁ + B₂)(A₁ + A₂) has two cross terms that mean nothing.
 # - Nearly orthogonal updates, and still the sum ruined Python.

@@ -350,6 +350,8 @@ if SMOLLM and lab.FULL:
 # 3. An adapter's file is A, B and a classifier, and its scale stands in the config. I can read it by hand.
 
 # %% [markdown] slide=true
+# ## The slide
+#
 # **LoRA on real models**
 # - the best rank-8 part of a real matrix loses about 90 % of it; W is not low-rank
 # - 74,498 trained numbers turn MiniLM (23 million) into a sentiment model, with 1,000 sentences

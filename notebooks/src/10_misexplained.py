@@ -31,7 +31,7 @@
 # | 修好四段代码清单 | 为什么损失下降什么也证明不了 | 60 分钟，一个 CPU 核 |
 # | 为一次训练写一份审计 | 对任何人的 LoRA 都适用的五项检验 | 不需要下载 |
 #
-# 正确的说法，用一句话讲：*W 被冻结，从不被分解；另外加上一个新的乘积 s·B·A，它的构造决定了它是瘦长的，起点为零；
+# 正确的说法，用一句话讲：*W 被冻结，从不被分解；另外加上一个新的乘积 s·B·A，它的构造决定了它是细长的，起点为零；
 # 只有 A 和 B 得到梯度；训练之后，可以把 s·B·A 一次性加进 W。*
 
 # %% [markdown] teacher=true
@@ -137,7 +137,7 @@ check.guess("10.claim 12: w1·LoRA₁ + w2·LoRA₂", None)
 #
 # ### 说法 1：LoRA 分解 W
 #
-# 假如用两个瘦长矩阵的乘积代替 W，那么最好的乘积就是 W 的截断 SVD。这样会损失掉多少输出？而 LoRA 在起点又改变了多少？
+# 假如用两个细长矩阵的乘积代替 W，那么最好的乘积就是 W 的截断 SVD。这样会损失掉多少输出？而 LoRA 在起点又改变了多少？
 
 # %%
 d = k = 128
@@ -213,7 +213,7 @@ check.compare("10.claim 3: W = A + B", "false")
 
 # %% [markdown] lang="zh" of="d6717066"
 # **正解**：秩不是想保住就能保住的。形状与 W 相同的矩阵，得到的梯度形状也与 W 相同，第一步就把它填满了。
-# 两个*瘦长*因子则从构造上保证秩不超过 r。（把 W 写成瘦长的主成分因子加上一个冻结的剩余部分，这是 PiSSA，一种真实的方法。）
+# 两个*细长*因子则从构造上保证秩不超过 r。（把 W 写成细长的主成分因子加上一个冻结的剩余部分，这是 PiSSA，一种真实的方法。）
 #
 # ## 2. 它怎样训练
 #
@@ -338,7 +338,7 @@ check.compare("10.claim 6: α is a learning rate", "false")
 # 随机数从 `rng` 中取。
 #
 # <details><summary>提示 1</summary>`frozen` 里必须有什么？看看开头那句正确的说法。</details>
-# <details><summary>提示 2</summary>两个瘦长因子：它们的乘积与 W 形状相同。哪一个从零开始？</details>
+# <details><summary>提示 2</summary>两个细长因子：它们的乘积与 W 形状相同。哪一个从零开始？</details>
 
 # %% exercise="repair_scaled"
 def repair_scaled(W, r, s, rng):
@@ -369,7 +369,7 @@ check.repair_scaled(repair_scaled)
 # 但是要让 `B` 成为整个 W，并让另一项无论怎样训练，秩都不超过 r。
 #
 # <details><summary>提示 1</summary>另一项在起点必须为零，因为 B 已经是整个 W。</details>
-# <details><summary>提示 2</summary>训练两个瘦长因子，并在 `weight` 里面相乘，不要提前乘好。</details>
+# <details><summary>提示 2</summary>训练两个细长因子，并在 `weight` 里面相乘，不要提前乘好。</details>
 
 # %% exercise="repair_split"
 def repair_split(W, r, s, rng):
@@ -603,7 +603,7 @@ lab.show(figures.ticks({"rows": rows, "rank": r, "size": d}))
 #
 # ### 练习 10.3 · ●●○ · 10 分钟
 #
-# “A 按秩求和”：这段清单保存 r 个完整的矩阵，再把它们加起来，而 W 根本没有出现。请保留“按秩求和”这个想法，但是让每一项都*瘦长*：
+# “A 按秩求和”：这段清单保存 r 个完整的矩阵，再把它们加起来，而 W 根本没有出现。请保留“按秩求和”这个想法，但是让每一项都*细长*：
 # 第 i 项是 s 乘以 `b[i]` (out,) 与 `a[i]` (in,) 的外积。于是 `trained` 是 `{"a": (r, in), "b": (r, out)}`。不需要循环。
 # 那么 W 呢？
 #
@@ -753,11 +753,13 @@ check.micro_f1(micro_f1)
 # %% [markdown] lang="zh" of="c8bb14af"
 # ## 现在你应该能说清楚
 #
-# 1. W 被冻结，从不被分解。更新量是一个瘦长的乘积，起点为零，因为有一个因子为零。
+# 1. W 被冻结，从不被分解。更新量是一个细长的乘积，起点为零，因为有一个因子为零。
 # 2. 损失下降什么也证明不了。能证明的是五项检验：起点是空操作、参数少、基座保留、低秩、学得到。
 # 3. “忘得更少”、“批量更大”、“两个适配器相加”都只在某些情形下成立，而我能说出是哪些。
 
 # %% [markdown] slide=true
+# ## The slide
+#
 # **LoRA, told from its look-alikes**
 # - W' = W + s·B·A: W frozen and whole, A random, B zero
 # - "decomposes W": the best rank-8 part of a full matrix is 90 % off
@@ -768,6 +770,8 @@ check.micro_f1(micro_f1)
 # - **test it: no-op · few numbers · base kept · low rank · learns**
 
 # %% [markdown] lang="zh" of="60dacc00"
+# ## 幻灯片
+#
 # **分清 LoRA 与它的冒牌货**
 # - W' = W + s·B·A：W 冻结而完整，A 随机，B 为零
 # - “分解 W”：完整矩阵的最佳秩 8 近似，误差达 90%
