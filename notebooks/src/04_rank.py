@@ -483,7 +483,7 @@ if lab.FULL:
 # - effective rank e^H(σ/Σσ) from thin factors: QR, QR, a small SVD; never form ΔW
 # - two seeds at least, bars on the figure, base and full fine-tuning as lines
 
-# %% [markdown] lang="zh" of="14fb11ae"
+# %% [markdown] lang="zh" of="0fdef991"
 # ## 幻灯片
 #
 # **需要多大的秩？一页幻灯片**
