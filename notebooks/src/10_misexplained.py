@@ -769,7 +769,7 @@ check.micro_f1(micro_f1)
 # - add updates ΔW, never factors
 # - **test it: no-op · few numbers · base kept · low rank · learns**
 
-# %% [markdown] lang="zh" of="60dacc00"
+# %% [markdown] lang="zh" of="7e991207"
 # ## 幻灯片
 #
 # **分清 LoRA 与它的冒牌货**
