@@ -27,7 +27,7 @@ def look(method: str) -> tuple[str, str]:
     return next((key for key, methods in FAMILIES.items() if method in methods), (BLACK, "x"))
 
 
-def spread(values: Sequence[float], gap: float) -> np.ndarray:  # (n,) -> (n,)
+def spread(values: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:  # (n,) -> (n,)
     """Places for labels: as near to the values as may be, in their order, and at least `gap` apart (least squares)."""
     order = np.argsort(values, kind="stable")
     wanted = np.asarray(values, float)[order] - gap * np.arange(len(order))        # apart, if these do not fall
@@ -59,7 +59,9 @@ def against_numbers(ax: Axes, rows: list[dict[str, Any]], key: str, lines: dict[
         if not len(chosen):
             continue
         gap = min(0.052 * (high - low + 2.0 * pad), (high - low + 2.0 * pad) / len(chosen))
-        for i, y in zip(chosen, spread(means[chosen], gap)):
+        places = spread(means[chosen], gap)
+        places += min(0.0, high + pad - places.max() - gap / 2) + max(0.0, low - pad - places.min() + gap / 2)
+        for i, y in zip(chosen, places):
             ax.annotate(rows[i]["method"], (counts[i], means[i]), (x, y), fontsize=10, ha=align, va="center",
                         arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4})
     for row, count, mean in zip(rows, counts, means):
@@ -111,7 +113,7 @@ def methods(data: dict[str, Any]) -> Figure:
             against_numbers(d, [row for row in reviews["rows"] if row["method"] != full], "loss", {full: whole["loss_mean"]})
             d.set_ylabel("held-out loss, nats")
             d.set_title(f"d   {reviews['base']}, sentiment, {reviews['steps']} steps, {reviews['seeds']} seeds", loc="left")
-            across(e, {name: row["peak_mb"] for name, row in reviews["costs"]["rows"].items()})
+            across(e, {name: row["peak_mb"] for name, row in reviews["costs"]["rows"].items() if row["peak_mb"] is not None})
             e.set_xlabel("MB at the peak of training")
             e.set_xlim(left=0)
             e.set_title("e   memory", loc="left")

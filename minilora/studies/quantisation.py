@@ -42,12 +42,14 @@ REAL = {"minilm-l6": "MiniLM-L6", "smollm2-135m": "SmolLM2-135M"}
 
 @dataclass(frozen=True)
 class Size:
-    """How much is computed. widen: of the search of rates (methods.py). sources: real models, of which `layers` layers, spread
-    evenly, are taken. shape, batch, turns: of the model on which memory and time are measured, its batches, and how often."""
+    """How much is computed. rates, widen: of the search of rates (methods.py). sources: real models, of which `layers` layers,
+    spread evenly, are taken. shape, batch, turns: of the model on which memory and time are measured, its batches, and how
+    often."""
 
     setting: Setting
     seeds: int
     rank: int
+    rates: int
     widen: int
     sources: tuple[str, ...]
     layers: int
@@ -58,9 +60,9 @@ class Size:
 
 SMALL = TransformerConfig.gpt2(vocab_size=256, d_model=64, n_layers=1, n_heads=4, max_len=64)
 SIZES = {
-    "quick": Size(Setting(64, 1, Pretraining(60, 16, 3e-3, 64), 8, 4, 16), 1, 4, 0, ("minilm-l6",), 1, SMALL, 4, 1),
-    "default": Size(Setting(64, 2, Pretraining(500, 32, 3e-3, 64), 120, 16, 256), 3, 8, 2, tuple(REAL), 3, MINILM, 16, 3),
-    "full": Size(Setting(96, 2, Pretraining(800, 32, 3e-3, 64), 200, 16, 384), 5, 8, 2, tuple(REAL), 6, MINILM, 16, 7),
+    "quick": Size(Setting(64, 1, Pretraining(60, 16, 3e-3, 64), 8, 4, 16), 1, 4, 1, 0, ("minilm-l6",), 1, SMALL, 4, 1),
+    "default": Size(Setting(64, 2, Pretraining(500, 32, 3e-3, 64), 120, 16, 256), 3, 8, 3, 2, tuple(REAL), 3, MINILM, 16, 3),
+    "full": Size(Setting(96, 2, Pretraining(800, 32, 3e-3, 64), 200, 16, 384), 5, 8, 3, 2, tuple(REAL), 6, MINILM, 16, 7),
 }
 
 
@@ -71,7 +73,7 @@ def run(options: Options) -> dict[str, Any]:
     seeds = [options.seed + i for i in range(options.seeds or size.seeds)]
     facts, setting = size.setting.facts() | {"seeds": len(seeds)}, size.setting.to_dict()
     found = search(text_cell, {"setting": setting}, {name: {"size": size.rank} for name in BASES}, dict.fromkeys(BASES, 1e-2),
-                   seeds, options, widen=size.widen, what="bases")
+                   seeds, options, tried=size.rates, widen=size.widen, what="bases")
     rows = [summary(name, found[name], seeds[0]) for name in BASES]
     errors, left_out = [], {}
     for source in size.sources:
@@ -82,8 +84,8 @@ def run(options: Options) -> dict[str, Any]:
     errors += compute(base_cell, [{"setting": setting, "rank": size.rank}], options, "the base's own")
     report = {"study": "quantisation", "size": options.size, "seed": options.seed, "text": facts, "rank": size.rank,
               "alpha": ALPHA, "expected": EXPECTED, "rows": rows, "errors": errors, "left_out": left_out}
-    measured = costs_of_bases(size.shape, {FLOAT: None, **CODES}, size.rank, size.batch, 64, size.turns)
-    report["memory"] = {"name": f"d_model {size.shape.d_model}, {size.shape.n_layers} layers, {size.batch} × 64 tokens",
+    measured = costs_of_bases(size.shape, {FLOAT: None, **CODES}, size.rank, size.batch, size.setting.T, size.turns)
+    report["memory"] = {"name": f"d_model {size.shape.d_model}, {size.shape.n_layers} layers, {size.batch} × {size.setting.T} tokens",
                         "model": size.shape.to_dict(), "rows": measured}
     report |= {"verdict": verdict(report), "seconds": time.perf_counter() - start}
     return publish(report, plots.quantisation(report), options)

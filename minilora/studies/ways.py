@@ -6,8 +6,9 @@ within it; one that cannot says why.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ..lora import LoraConfig, TargetConfig, adapters_of, add_adapter, count_parameters
@@ -55,24 +56,24 @@ class Way:
     why: str = ""
 
 
-def _pruned(size: int, steps: int) -> dict[str, Any]:
-    """AdaLoRA's ranks and times: it starts at one and a half times the rank, as its paper does."""
-    return {"init_r": size + size // 2, "target_r": size, "tinit": steps // 10, "tfinal": steps // 4,
+def _adalora(size: int, steps: int) -> AdaLoraConfig:
+    """It starts at one and a half times the rank, as in its paper."""
+    times: dict[str, Any] = {"init_r": size + size // 2, "target_r": size, "tinit": steps // 10, "tfinal": steps // 4,
             "deltaT": max(1, steps // 40), "total_step": steps}
+    return AdaLoraConfig(lora_alpha=ALPHA, target_modules=ALL, **times)
 
 
 WAYS: dict[str, Way] = {
     "LoRA": Way(lambda r, _: LoraConfig(r=r, lora_alpha=ALPHA, target_modules=ALL), 1e-2),
     "rsLoRA": Way(lambda r, _: LoraConfig(r=r, lora_alpha=ALPHA, use_rslora=True, target_modules=ALL), 1e-2),
-    "LoRA+": Way(lambda r, _: LoraConfig(r=r, lora_alpha=ALPHA, target_modules=ALL), 2.5e-3),
+    "LoRA+": Way(lambda r, _: LoraConfig(r=r, lora_alpha=ALPHA, target_modules=ALL), 1.25e-3),
     "LoRA-FA": Way(lambda r, _: LoraFAConfig(r=r, lora_alpha=ALPHA, target_modules=ALL), 2e-2, FITTED),
     "PiSSA": Way(lambda r, _: LoraConfig(r=r, lora_alpha=r, init_lora_weights="pissa", target_modules=ALL), 1e-2),
     "MiLoRA": Way(lambda r, _: LoraConfig(r=r, lora_alpha=r, init_lora_weights="milora", target_modules=ALL), 2e-2),
     "OLoRA": Way(lambda r, _: LoraConfig(r=r, lora_alpha=r, init_lora_weights="olora", target_modules=ALL), 1e-2),
-    "AdaLoRA": Way(lambda r, steps: AdaLoraConfig(lora_alpha=ALPHA, target_modules=ALL, **_pruned(r, steps)), 2e-2,
-                   why="starts at 1.5 times the rank, ends at it"),
+    "AdaLoRA": Way(_adalora, 2e-2, why="starts at 1.5 times the rank, ends at it"),
     "DoRA": Way(lambda r, _: LoraConfig(r=r, lora_alpha=ALPHA, use_dora=True, target_modules=ALL), 1e-2, FITTED),
-    "VeRA": Way(lambda r, _: VeraConfig(r=r, target_modules=ALL), 5e-2, 256, "two vectors a layer, r = 256"),
+    "VeRA": Way(lambda r, _: VeraConfig(r=r, target_modules=ALL), 1e-1, 256, "two vectors a layer, r = 256"),
     "LoHa": Way(lambda r, _: LoHaConfig(r=r, alpha=ALPHA, target_modules=ALL), 1e-2, FITTED),
     "LoKr": Way(lambda r, _: LoKrConfig(r=r, alpha=ALPHA, decompose_factor=2, target_modules=ALL), 1e-2, FITTED),
     "TT-LoRA": Way(lambda r, _: TensorTrainConfig(r=r, lora_alpha=ALPHA, target_modules=ALL), 1e-2, FITTED),
@@ -84,29 +85,36 @@ WAYS: dict[str, Way] = {
     "Houlsby": Way(lambda m, _: HoulsbyConfig(bottleneck=m), 5e-3, FITTED),
     "prompt tuning": Way(lambda p, _: PromptTuningConfig(num_virtual_tokens=p, prompt_tuning_init="SAMPLE_VOCAB"), 5e-2, FITTED,
                          "vectors in front, 32 at most"),
-    "prefix tuning": Way(lambda p, _: PrefixTuningConfig(num_virtual_tokens=p), 5e-2, FITTED, "vectors in front, 32 at most"),
+    "prefix tuning": Way(lambda p, _: PrefixTuningConfig(num_virtual_tokens=p), 2.5e-2, FITTED, "vectors in front, 32 at most"),
     FULL: Way(None, 2e-3, 1, "every number of the model"),
 }
 
 
-def plan(cfg: TransformerConfig, rank: int, room: int) -> tuple[int, dict[str, dict[str, Any]]]:
+def plan(cfg: TransformerConfig, rank: int, room: int,
+         names: Iterable[str] = tuple(WAYS)) -> tuple[int, dict[str, dict[str, Any]]]:
     """(the budget: what LoRA of the rank trains, name -> {"size", "trainable", "why"}) for a model of this shape.
 
     room: virtual tokens at most. Where a method cannot adapt the model, {"why"} alone, with the reason.
     """
-    budget, ways = trained(cfg, "LoRA", rank), {}
-    for name, way in WAYS.items():
+    budget, ways = trained(cfg, "LoRA", rank), dict[str, dict[str, Any]]()
+    for name in names:
+        way = WAYS[name]
         try:
-            size = rank if way.size == RANK else way.size
-            if isinstance(size, str):
-                size = largest(lambda n, name=name: trained(cfg, name, n) <= SLACK * budget,
-                               room if name.startswith("pr") else cfg.d_model)
+            if way.size == FITTED:
+                size = largest(partial(fits, cfg, name, SLACK * budget), room if name.startswith("pr") else cfg.d_model)
+            else:
+                size = rank if way.size == RANK else int(way.size)
             count = trained(cfg, name, size)
         except ValueError as error:
             ways[name] = {"why": str(error)}
             continue
         ways[name] = {"size": size, "trainable": count, "why": way.why if abs(count / budget - 1.0) > 0.15 else ""}
     return budget, ways
+
+
+def fits(cfg: TransformerConfig, name: str, most: float, size: int) -> bool:
+    """Whether a method of that size trains at most so many numbers."""
+    return trained(cfg, name, size) <= most
 
 
 def trained(cfg: TransformerConfig, name: str, size: int) -> int:
@@ -116,12 +124,12 @@ def trained(cfg: TransformerConfig, name: str, size: int) -> int:
     return count_parameters(model)["trainable"]
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
+def largest(fit: Callable[[int], bool], most: int) -> int:
     """The largest n up to `most` that fits, where all smaller ones do. Raises ValueError if 1 does not."""
     low, high = 0, most + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if fit(middle) else (low, middle)
     if low == 0:
         raise ValueError("its least size is above the budget")
     return low
