@@ -85,8 +85,8 @@ def run(options: Options) -> dict[str, Any]:
     report = {"study": "quantisation", "size": options.size, "seed": options.seed, "text": facts, "rank": size.rank,
               "alpha": ALPHA, "expected": EXPECTED, "rows": rows, "errors": errors, "left_out": left_out}
     measured = costs_of_bases(size.shape, {FLOAT: None, **CODES}, size.rank, size.batch, size.setting.T, size.turns)
-    report["memory"] = {"name": f"d_model {size.shape.d_model}, {size.shape.n_layers} layers, {size.batch} × {size.setting.T} tokens",
-                        "model": size.shape.to_dict(), "rows": measured}
+    name = f"d_model {size.shape.d_model}, {size.shape.n_layers} layers, {size.batch} × {size.setting.T} tokens"
+    report["memory"] = {"name": name, "model": size.shape.to_dict(), "rows": measured}
     report |= {"verdict": verdict(report), "seconds": time.perf_counter() - start}
     return publish(report, plots.quantisation(report), options)
 

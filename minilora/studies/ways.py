@@ -108,7 +108,8 @@ def plan(cfg: TransformerConfig, rank: int, room: int,
         except ValueError as error:
             ways[name] = {"why": str(error)}
             continue
-        ways[name] = {"size": size, "trainable": count, "why": way.why if abs(count / budget - 1.0) > 0.15 else ""}
+        why = way.why or "the next size is above the budget"
+        ways[name] = {"size": size, "trainable": count, "why": why if abs(count / budget - 1.0) > 0.15 else ""}
     return budget, ways
 
 
