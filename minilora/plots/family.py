@@ -58,12 +58,12 @@ def against_numbers(ax: Axes, rows: list[dict[str, Any]], key: str, lines: dict[
         chosen = np.flatnonzero(side)
         if not len(chosen):
             continue
-        gap = min(0.052 * (high - low + 2.0 * pad), (high - low + 2.0 * pad) / len(chosen))
+        gap = min(0.045 * (high - low + 2.0 * pad), (high - low + 2.0 * pad) / len(chosen))
         places = spread(means[chosen], gap)
         places += min(0.0, high + pad - places.max() - gap / 2) + max(0.0, low - pad - places.min() + gap / 2)
         for i, y in zip(chosen, places):
-            ax.annotate(rows[i]["method"], (counts[i], means[i]), (x, y), fontsize=10, ha=align, va="center",
-                        arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4})
+            ax.annotate(f"{rows[i]['method']}  {means[i]:.3f}", (counts[i], means[i]), (x, y), fontsize=10, ha=align,
+                        va="center", arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4})
     for row, count, mean in zip(rows, counts, means):
         colour, marker = look(row["method"])
         ax.errorbar(count, mean, yerr=row[f"{key}_sd"], color=colour, marker=marker, linestyle="none", elinewidth=1.2, zorder=3)

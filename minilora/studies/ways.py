@@ -85,7 +85,7 @@ WAYS: dict[str, Way] = {
     "Houlsby": Way(lambda m, _: HoulsbyConfig(bottleneck=m), 5e-3, FITTED),
     "prompt tuning": Way(lambda p, _: PromptTuningConfig(num_virtual_tokens=p, prompt_tuning_init="SAMPLE_VOCAB"), 5e-2, FITTED,
                          "vectors in front, 32 at most"),
-    "prefix tuning": Way(lambda p, _: PrefixTuningConfig(num_virtual_tokens=p), 2.5e-2, FITTED, "vectors in front, 32 at most"),
+    "prefix tuning": Way(lambda p, _: PrefixTuningConfig(num_virtual_tokens=p), 2e-1, FITTED, "vectors in front, 32 at most"),
     FULL: Way(None, 2e-3, 1, "every number of the model"),
 }
 
