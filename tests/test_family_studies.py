@@ -226,6 +226,22 @@ def test_the_errors_of_codes_on_a_known_matrix(rng):
     assert normal["NF4"]["mean"] == pytest.approx(0.092, abs=0.002)                # as published for NF4 on normal weights
 
 
+def test_the_verdicts_on_bases_follow_the_numbers():
+    def row(base, loss, prose, bits=4.5):
+        return {"base": base, "bits": bits, "loss_mean": loss, "loss_sd": 0.01, "prose": prose, "start_mean": 2.0}
+
+    rows = [row("float32", 1.0, 1.5, 32.0), row("NF4", 1.0, 1.6), row("NF4, double", 1.005, 1.6, 4.127), row("FP4", 1.0, 1.7),
+            row("FP4, double", 1.0, 1.7, 4.127), row(quantisation.LOFTQ, 0.9, 1.55, 4.127)]
+    values = {"NF4": 0.09, "NF4, double": 0.0901, "FP4": 0.12, "FP4, double": 0.1201, "LoftQ, r = 4": 0.08}
+    codes = {name: {"mean": value} for name, value in values.items()}
+    memory = [{"base": "float32", "peak_mb": 10.0, "step": 1.0}, {"base": "NF4, double", "peak_mb": 8.0, "step": 2.0}]
+    report = {"rows": rows, "rank": 4, "errors": [{"weights": "some", "codes": codes}], "memory": {"rows": memory}}
+    assert [claim["agrees"] for claim in quantisation.verdict(report)] == [True] * 8
+    codes |= {"NF4": {"mean": 0.13}, "LoftQ, r = 4": {"mean": 0.1}}
+    rows[1]["prose"], rows[2]["loss_mean"], rows[5]["prose"], memory[1]["peak_mb"] = 1.8, 1.1, 1.7, 11.0
+    assert [i for i, claim in enumerate(quantisation.verdict(report)) if claim["agrees"]] == [6]
+
+
 @pytest.mark.real
 def test_the_methods_on_a_real_model(monkeypatch, no_processes):
     pytest.importorskip("tokenizers")

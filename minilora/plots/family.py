@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 
 DASHED = (0, (4, 2))
+LEADER = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}      # from a label to its point
 FAMILIES = {                                               # colour and marker -> the methods that have it
     (BLUE, "o"): ("LoRA", "rsLoRA", "LoRA+", "LoRA-FA", "PiSSA", "MiLoRA", "OLoRA", "DoRA", "AdaLoRA", "SoRA"),
     (GREEN, "s"): ("LoHa", "LoKr", "TT-LoRA", "VeRA", "SHiRA"),
@@ -63,7 +64,7 @@ def against_numbers(ax: Axes, rows: list[dict[str, Any]], key: str, lines: dict[
         places += min(0.0, high + pad - places.max() - gap / 2) + max(0.0, low - pad - places.min() + gap / 2)
         for i, y in zip(chosen, places):
             ax.annotate(f"{rows[i]['method']}  {means[i]:.3f}", (counts[i], means[i]), (x, y), fontsize=10, ha=align,
-                        va="center", arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4})
+                        va="center", arrowprops=LEADER)
     for row, count, mean in zip(rows, counts, means):
         colour, marker = look(row["method"])
         ax.errorbar(count, mean, yerr=row[f"{key}_sd"], color=colour, marker=marker, linestyle="none", elinewidth=1.2, zorder=3)
@@ -162,9 +163,9 @@ def quantisation(data: dict[str, Any]) -> Figure:
         for i, row in enumerate(memory):
             c.barh(i, row["peak_mb"], 0.62, color=GREY, alpha=0.45, label=None if i else "peak of training")
             c.barh(i, row["weights_mb"], 0.34, color=BLUE, label=None if i else "model and adapter")
-        c.set_xlabel("MB")
-        c.set_title(f"c   memory, {data['memory']['name']}", loc="left")
-        c.legend(fontsize=10)
+        c.set_xlabel(f"MB ({data['memory']['name']})")
+        c.set_title("c   memory", loc="left")
+        c.legend(fontsize=10, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
         for ax, names in ((b, [row["base"] for row in rows]), (c, [row["base"] for row in memory])):
             ax.set_yticks(range(len(names)), names)
             ax.set_ylim(len(names) - 0.4, -0.6)

@@ -71,7 +71,7 @@ SIZES = {
     "quick": Size(Setting(64, 1, Pretraining(60, 16, 3e-3, 64 + ROOM), 8, 4, 16, tokens=64), 1, 4, 1, 0,
                   Reviews(32, 16, 2, 8, 1, ("LoRA", FULL), 1), SMALL, 4, 1, ("LoRA", "LoRA-FA", FULL)),
     "default": Size(Setting(64, 2, Pretraining(500, 24, 3e-3, 64 + ROOM), 100, 16, 192, tokens=64), 3, 4, 3, 3,
-                    Reviews(320, 160, 20, 16, 2, MAIN, 2), COURSE, 32, 5),
+                    Reviews(320, 160, 20, 16, 2, MAIN, 2), COURSE, 32, 3),
     "full": Size(Setting(96, 2, Pretraining(800, 24, 3e-3, 64 + ROOM), 200, 16, 384, tokens=64), 5, 4, 3, 3,
                  Reviews(4000, 1000, 250, 16, 3, tuple(WAYS), 5), COURSE, 32, 15),
 }
