@@ -197,8 +197,13 @@ def test_the_verdicts_follow_the_numbers():
               "MiLoRA": (2.0, 2.1), "Houlsby": (1.1, 2.5)}
     rows = [row(each["method"], *better.get(each["method"], (2.0, 2.0))) for each in rows]
     cost = {name: {"step": 0.9, "merged": 1.0, "peak_mb": 9.0 if name == "LoRA-FA" else 10.0} for name in ways.WAYS}
-    report = {"rows": rows, "costs": {"rows": cost}, "text": {"base": {"loss": 2.1, "source_loss": 1.5}}}
+    report = {"rows": rows, "costs": {"rows": cost}, "text": {"base": {"loss": 2.1, "source_loss": 1.5}},
+              "reviews": {"left_out": "no package"}}
     assert [claim["agrees"] for claim in methods.verdict(report)] == [True] * 14
+    real = [{"method": name, "accuracy_mean": value} for name, value in
+            (("LoRA", 0.8), (ways.FULL, 0.81), ("prompt tuning", 0.7))]
+    assert [claim["agrees"] for claim in methods.verdict(report | {"reviews": {"rows": real}})] == [True] * 16
+    assert [claim["agrees"] for claim in methods.real_verdict([real[0], real[2] | {"accuracy_mean": 0.79}])] == [False]
     for each in rows:
         each["loss_sd"] = each["source_loss_sd"] = 2.0     # more than any difference
     cost["LoRA"] |= {"step": 1.6, "merged": 1.2, "peak_mb": 8.0}
