@@ -16,6 +16,7 @@ from minilora.bench import CASES, Case, minilora_side, worker
 from minilora.bench.cases import write_start
 from minilora.bench.products import Product, product, product_seconds, timed_ops
 from minilora.nn import TransformerConfig
+from minilora.studies import memory
 
 D, LAYERS, FF, V = 24, 2, 40, 37
 SMALL = Case("step", TransformerConfig.gpt2(vocab_size=11, d_model=8, n_layers=1, n_heads=2, max_len=4), 3, 4, ("qkv_proj",))
@@ -244,17 +245,17 @@ def test_a_product_can_be_measured_in_every_layout(p, device):
 
 def test_peak_memory_starts_anew(monkeypatch):
     size = 64 << 20
-    worker.forget_peak()
-    before = worker.resident_mb()
+    memory.forget_peak()
+    before = memory.resident_mb()
     np.ones(size, np.uint8)
-    risen = worker.resident_mb() - before
+    risen = memory.resident_mb() - before
     assert 0 <= risen < 2 * size / 2**20
     if sys.platform == "linux":
         assert risen > 0.9 * size / 2**20
-        worker.forget_peak()
-        assert worker.resident_mb() < before + 0.5 * size / 2**20
-    monkeypatch.setattr(worker.Path, "read_text", lambda *_: "nothing here\n")
-    assert worker.resident_mb() > 10                                          # of the whole process, by getrusage
+        memory.forget_peak()
+        assert memory.resident_mb() < before + 0.5 * size / 2**20
+    monkeypatch.setattr(memory.Path, "read_text", lambda *_: "nothing here\n")
+    assert memory.resident_mb() > 10                                          # of the whole process, by getrusage
 
 
 # Agreement

@@ -7,7 +7,6 @@ mark of what is resident from the end of `prepare` on, where the system lets it 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backend import set_device
+from ..studies.memory import forget_peak, resident_mb
 from . import minilora_side, torch_side
 from .cases import Case, write_start
 
@@ -108,20 +108,3 @@ def turn(work: Any, steps: int) -> list[float]:
         work.step()                                        # returns when the device has done it
         seconds.append((time.perf_counter() - start) / work.case.updates)
     return seconds[-steps:]
-
-
-def forget_peak() -> None:
-    """Set the high-water mark of resident memory back to what is resident now, where the system can (proc(5), clear_refs)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def resident_mb() -> float:
-    """The most memory that this process had resident, since `forget_peak` if the system can, in MB."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)

@@ -5,6 +5,8 @@ from . import (
     capacity,
     entities,
     init,
+    methods,
+    quantisation,
     rank_lr,
     rank_quality,
     real_model,
@@ -19,7 +21,7 @@ from .common import Options
 STUDIES = {
     "rank-quality": rank_quality, "which-matrices": which_matrices, "rank-lr": rank_lr, "subspaces": subspaces,
     "amplification": amplification, "spectrum": spectrum, "capacity": capacity, "init": init,
-    "real-model": real_model,
+    "real-model": real_model, "methods": methods, "quantisation": quantisation,
     "sentiment": sentiment, "entities": entities, "style": style,
 }
 

@@ -28,7 +28,8 @@ SWEEP_MEMORY = 1 << 30                                     # bytes of one sweep:
 
 @dataclass(frozen=True)
 class Setting:
-    """A base and how it is adapted. steps and batch: of every run; windows: of validation; base_seed: of the pretraining."""
+    """A base and how it is adapted. steps and batch: of every run; windows: of validation; base_seed: of the pretraining;
+    tokens: T of adaptation and validation, None: of the pretraining."""
 
     d_model: int
     n_layers: int
@@ -37,6 +38,12 @@ class Setting:
     batch: int
     windows: int
     base_seed: int = 0
+    tokens: int | None = None
+
+    @property
+    def T(self) -> int:
+        """The length of a window."""
+        return self.tokens or self.pretraining.tokens
 
     @classmethod
     def of(cls, data: dict[str, Any]) -> Setting:
@@ -62,7 +69,7 @@ class Setting:
         return {"from": "English prose", "to": "Python source", "sha256": {name: load_corpus(name).sha256
                                                                            for name in (SOURCE, TARGET)},
                 "model": self.config.to_dict(), "parameters": count_parameters(base_of(self))["total"], "steps": self.steps,
-                "batch": self.batch, "tokens": self.pretraining.tokens, "base": base_losses(self)}
+                "batch": self.batch, "tokens": self.T, "base": base_losses(self)}
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ def base_of(setting: Setting) -> Transformer:
 
 def windows_of(setting: Setting, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """Validation batches of a corpus."""
-    return validation(load_corpus(name), 64, setting.pretraining.tokens, setting.windows)
+    return validation(load_corpus(name), 64, setting.T, setting.windows)
 
 
 def base_losses(setting: Setting) -> dict[str, float]:
@@ -102,7 +109,7 @@ def training_text(limit: int | None) -> Corpus:
 def task_on(setting: Setting, limit: int | None = None) -> Callable[[int, np.random.Generator], Any]:
     """The batches of a sweep."""
     corpus = training_text(limit)
-    return lambda step, rng: sample_batch(corpus.train, setting.batch, setting.pretraining.tokens, rng)
+    return lambda step, rng: sample_batch(corpus.train, setting.batch, setting.T, rng)
 
 
 def lora_cell(setting: dict[str, Any], configs: list[dict[str, Any]], seeds: list[int], lrs: list[float],
@@ -152,7 +159,7 @@ def tuned(setting: Setting, seed: int, lr: float, limit: int | None = None) -> t
     model = copy_of(base_of(setting)).unfreeze()
     try:
         with np.errstate(all="ignore"):
-            history = train(model, text_batches(training_text(limit), setting.batch, setting.pretraining.tokens, seed),
+            history = train(model, text_batches(training_text(limit), setting.batch, setting.T, seed),
                             setting.schedule(lr))
     except FloatingPointError:
         return model, None
