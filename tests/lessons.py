@@ -8,6 +8,7 @@ from typing import Any
 
 from minilora.course.runner import evaluate
 from minilora.course.source import Cell, answer_of, blanked, in_language, lessons, read
+from minilora.lora import METHODS
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 SOURCES = lessons(NOTEBOOKS)
@@ -38,4 +39,9 @@ def answer(name: str, solved: bool = True) -> Any:
     sources = [cell.source for cell in code_cells(path)]
     if not solved:
         sources = [blanked(cell.source) if cell.attributes.get("exercise") else cell.source for cell in code_cells(path)]
-    return evaluate(sources, index, expression)
+    before = dict(METHODS)
+    try:
+        return evaluate(sources, index, expression)
+    finally:                                               # lesson 07 registers a method of its own
+        METHODS.clear()
+        METHODS.update(before)

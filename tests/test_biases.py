@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from test_methods import IDS, build, run, shake, trained
+from small_models import IDS, build, run
+from test_methods import shake, trained
 
 from minilora import AdaLoraConfig, LoraConfig, LoraFAConfig, SoRAConfig
 from minilora.autograd import cross_entropy, gradcheck, tensor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from test_methods import IDS, B, L, T, V, build, run, shake
+from small_models import IDS, B, L, T, V, build, run
+from test_methods import shake
 
 import minilora as ml
 from minilora import DynamicRank, LoraConfig, Riemannian, initialize_lora_eva_weights

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from test_methods import IDS, adapters_of, add, build, layer_of, run, shake, trained
+from small_models import IDS, build, run
+from test_methods import adapters_of, add, layer_of, shake, trained
 
 from minilora import (
     AdaLoraConfig,

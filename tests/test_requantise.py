@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
+from small_models import build
 from test_ggml_blocks import IDS, llama, write_gguf
-from test_methods import build, shake
+from test_methods import shake
 
 import minilora as ml
 from minilora.backend import to_host

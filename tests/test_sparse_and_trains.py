@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
-from test_methods import build, shake
+from small_models import build
+from test_methods import shake
 
 import minilora as ml
 from minilora.backend import to_host

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
-from test_methods import IDS, B, T, V, build, trained
+from small_models import IDS, B, T, V, build
+from test_methods import trained
 
 import minilora as ml
 import minilora.nn.blocks as blocks
