@@ -85,7 +85,8 @@ class LoRALinear(Op):
 
     Gradients (Hu et al. 2021, arXiv:2106.09685; with U = (x ⊙ m) Aᵀ, Z = s ȳ B, both n × r):
         Ā = Zᵀ (x ⊙ m),    B̄ = s ȳᵀ U,    x̄ = ȳ W + (Z A) ⊙ m.
-    The product ȳᵀ x, as large as W, is never formed for a frozen W.
+    The product ȳᵀ x, as large as W, is formed for a frozen W only where the rank is so large that this costs less:
+    Ā = s Bᵀ (ȳᵀ x) and B̄ = s (ȳᵀ x) Aᵀ (from r about a quarter of the width on: VeRA, high ranks).
 
     Two orders of computation give the same numbers. Thin: the base product, then two thin ones. Formed: W_eff = W + s B A
     once, used forward and in x̄. The thin order costs 3 n r (in + out) multiply-adds beyond the base products, the formed one
@@ -129,7 +130,9 @@ class LoRALinear(Op):
         K, groups = kernels(dy), A[0].shape[:-2]
         multiply = K.matmul
         dy2 = rows(dy, groups)
-        needs_A, needs_B = self.needs[3::2], self.needs[4::2]
+        whole = [self.formed and n_A and n_B and _whole_gradient_pays(dy2.shape[-2], a, s_B)
+                 for n_A, n_B, a, s_B in zip(self.needs[3::2], self.needs[4::2], A, sB, strict=True)]
+        needs_A, needs_B = ([need and not w for need, w in zip(self.needs[i::2], whole)] for i in (3, 4))
         if U is None:
             U = [multiply(rows(x, groups), a, tb=True) if need else None for a, need in zip(A, needs_B, strict=True)]
         Z = [K.columns_product(dy2, block, s_B) if need or (self.needs[0] and not self.formed) else None       # (n, r)
@@ -147,6 +150,10 @@ class LoRALinear(Op):
         gradients = [multiply(rows(dy), rows(x), ta=True) if self.needs[1] else None,                      # W̄, b̄
                      rows(dy).sum(axis=0) if self.needs[2] else None]
         for j, (s, m, block) in enumerate(zip(self.scales, self.masks, self.blocks, strict=True)):
+            if whole[j]:
+                dW = K.columns_product_t(dy2, block, rows(x, groups))                                      # (out, in)
+                gradients += [multiply(sB[j], dW, ta=True), times(s, multiply(dW, A[j], tb=True))]
+                continue
             gradients.append(multiply(Z[j], masked(x, m, groups), ta=True) if needs_A[j] else None)
             gradients.append(times(s, K.columns_product_t(dy2, block, U[j])) if needs_B[j] else None)
         return dx, *gradients
@@ -183,3 +190,9 @@ def _forming_pays(n: int, A: Any, B: Any) -> bool:
     """Counted multiply-adds: forming costs Σ r·in·out, and has to save twice that, Σ n r (in + out)."""
     return sum(a.shape[-2] * (n * (a.shape[-1] + b.shape[-2]) - 2 * a.shape[-1] * b.shape[-2])
                for a, b in zip(A, B, strict=True)) > 0
+
+
+def _whole_gradient_pays(n: int, a: Any, b: Any) -> bool:
+    """Counted multiply-adds of Ā and B̄: through ȳᵀ x n·in·out + 2 r·in·out, by thin products 2 n r (in + out)."""
+    (r, k), d = a.shape[-2:], b.shape[-2]
+    return n * k * d + 2 * r * k * d < 2 * n * r * (k + d)
