@@ -151,6 +151,8 @@ def test_the_ratio_of_two_times_does_not_see_a_drift():
 
 
 def test_the_size_of_files(tmp_path):
+    both = ways.adapt(ml.Transformer(BERT), "prompt tuning", 3, 0, 4)             # with a classifier: no file holds that
+    assert costs.file_bytes(both) == 4 * count_parameters(both)["trainable"]
     model = ways.adapt(ml.Transformer(SHAPE), "LoRA", 2, 0, 4)
     assert 4 * count_parameters(model)["trainable"] < costs.file_bytes(model) < 4 * count_parameters(model)["trainable"] + 4096
 

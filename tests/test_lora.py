@@ -294,6 +294,30 @@ def test_the_weight_is_formed_exactly_when_that_costs_less(n, d, k, r):
     assert op.formed == (n * (d + k) > 2 * d * k)
 
 
+@pytest.mark.parametrize("together", [(), (3,)], ids=["alone", "side by side"])
+def test_gradients_through_the_whole_one_and_by_thin_products_are_equal(device, put, rng, monkeypatch, together):
+    """On two overlapping row blocks, of ranks high and low, alone and along a leading axis."""
+    n, k, d = 9, 5, 6
+    shapes = [(*together, n, k), (d, k), *((*together, *shape) for shape in ((4, k), (3, 4), (1, k), (d, 1)))]
+    arrays, found = [rng.standard_normal(shape) for shape in shapes], []
+    for choice in (True, False):
+        monkeypatch.setattr(products, "_whole_gradient_pays", lambda *_, choice=choice: choice)
+        x, W, *factors = (tensor(put(array), requires_grad=i != 1) for i, array in enumerate(arrays))
+        y = LoRALinear([0.5, 2.0], [slice(1, 4), slice(0, d)], [None, None], True)(x, W, None, *factors)
+        y.backward(put(np.random.default_rng(1).standard_normal(y.shape)))
+        found.append([to_host(t.grad) for t in (x, *factors)])
+    for whole, thin in zip(*found, strict=True):
+        assert_allclose(whole, thin, rtol=1e-12, atol=1e-12 * abs(thin).max())
+
+
+@given(n=st.integers(1, 40), d=st.integers(1, 30), k=st.integers(1, 30), r=st.integers(1, 30))
+def test_the_whole_gradient_is_formed_exactly_when_that_costs_less(n, d, k, r):
+    """Multiply-adds, product by product."""
+    thin = n * k * r + n * d * r + r * n * k + d * n * r       # U = x Aᵀ, Z = ȳ B, Zᵀ x, ȳᵀ U
+    whole = d * n * k + k * d * r + d * k * r                  # G = xᵀ ȳ, G B, Gᵀ Aᵀ
+    assert products._whole_gradient_pays(n, d, [np.ones((r, k))], [np.ones((d, r))]) == (whole < thin)
+
+
 def test_the_weight_is_never_formed_under_dropout_or_in_a_mixed_batch():
     model = add(build("gpt2", max_len=64), ["up_proj"], lora_dropout=0.5)
     ids = np.zeros((4, 64), int)

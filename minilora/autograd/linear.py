@@ -25,8 +25,7 @@ class MatMul(Op):
     def backward(self, dy):
         a, b = self.kept
         matmul = kernels(dy).matmul
-        return (matmul(dy, b, tb=True) if self.needs[0] else None,
-                matmul(a, dy, ta=True) if self.needs[1] else None)
+        return (matmul(dy, b, tb=True) if self.needs[0] else None, matmul(a, dy, ta=True) if self.needs[1] else None)
 
 
 class Linear(Op):
@@ -85,7 +84,8 @@ class LoRALinear(Op):
 
     Gradients (Hu et al. 2021, arXiv:2106.09685; with U = (x ⊙ m) Aᵀ, Z = s ȳ B, both n × r):
         Ā = Zᵀ (x ⊙ m),    B̄ = s ȳᵀ U,    x̄ = ȳ W + (Z A) ⊙ m.
-    The product ȳᵀ x, as large as W, is never formed for a frozen W.
+    The product ȳᵀ x, as large as W, is formed for a frozen W only where ranks are so high that it costs less (from about a
+    quarter of the width on, as VeRA's). Then (ȳᵀ x)ᵀ stands in the place of ȳ and 1 in that of x: the gradients are the same.
 
     Two orders of computation give the same numbers. Thin: the base product, then two thin ones. Formed: W_eff = W + s B A
     once, used forward and in x̄. The thin order costs 3 n r (in + out) multiply-adds beyond the base products, the formed one
@@ -127,18 +127,18 @@ class LoRALinear(Op):
     def backward(self, dy):                                     # (..., out)
         x, W, sB, A, U = self.kept
         K, groups = kernels(dy), A[0].shape[:-2]
-        multiply = K.matmul
-        dy2 = rows(dy, groups)
+        multiply, dy2, shape = K.matmul, rows(dy, groups), (*dy.shape[:-1], A[0].shape[-1])
         needs_A, needs_B = self.needs[3::2], self.needs[4::2]
-        if U is None:
+        dx = multiply(dy2, W).reshape(shape) if self.needs[0] and self.formed else None
+        whole = self.formed and all(self.needs[3:]) and _whole_gradient_pays(dy2.shape[-2], dy2.shape[-1], A, sB)
+        if whole:
+            dy2, U = multiply(rows(x, groups), dy2, ta=True), [a.swapaxes(-1, -2) for a in A]             # (in, out), (in, r)
+        elif U is None:
             U = [multiply(rows(x, groups), a, tb=True) if need else None for a, need in zip(A, needs_B, strict=True)]
         Z = [K.columns_product(dy2, block, s_B) if need or (self.needs[0] and not self.formed) else None       # (n, r)
              for block, s_B, need in zip(self.blocks, sB, needs_A, strict=True)]
 
-        dx, shape = None, (*dy.shape[:-1], A[0].shape[-1])
-        if self.needs[0] and self.formed:
-            dx = multiply(dy2, W).reshape(shape)
-        elif self.needs[0]:
+        if self.needs[0] and not self.formed:
             dx = product_grad(rows(dy), W).reshape(shape)
             for z, a, m in zip(Z, A, self.masks, strict=True):
                 term = multiply(z, a).reshape(shape)
@@ -147,8 +147,8 @@ class LoRALinear(Op):
         gradients = [multiply(rows(dy), rows(x), ta=True) if self.needs[1] else None,                      # W̄, b̄
                      rows(dy).sum(axis=0) if self.needs[2] else None]
         for j, (s, m, block) in enumerate(zip(self.scales, self.masks, self.blocks, strict=True)):
-            gradients.append(multiply(Z[j], masked(x, m, groups), ta=True) if needs_A[j] else None)
-            gradients.append(times(s, K.columns_product_t(dy2, block, U[j])) if needs_B[j] else None)
+            dA = Z[j].swapaxes(-1, -2) if whole else multiply(Z[j], masked(x, m, groups), ta=True) if needs_A[j] else None
+            gradients += [dA, times(s, K.columns_product_t(dy2, block, U[j])) if needs_B[j] else None]
         return dx, *gradients
 
 
@@ -183,3 +183,9 @@ def _forming_pays(n: int, A: Any, B: Any) -> bool:
     """Counted multiply-adds: forming costs Σ r·in·out, and has to save twice that, Σ n r (in + out)."""
     return sum(a.shape[-2] * (n * (a.shape[-1] + b.shape[-2]) - 2 * a.shape[-1] * b.shape[-2])
                for a, b in zip(A, B, strict=True)) > 0
+
+
+def _whole_gradient_pays(n: int, out: int, A: Any, B: Any) -> bool:
+    """Counted multiply-adds of all Ā and B̄: from ȳᵀ x, n·in·out + Σ 2 r·in·out_j; by thin products Σ 2 n r (in + out_j)."""
+    k, sizes = A[0].shape[-1], [b.shape[-2:] for b in B]
+    return n * k * out < sum(2 * r * (n * (k + d) - k * d) for d, r in sizes)

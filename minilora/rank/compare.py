@@ -71,8 +71,7 @@ def interference(first: Update, second: Update, inputs: Array | None = None) -> 
     result: dict[str, Any] = {"cosine": inner_product(first, second) / (sizes[0] * sizes[1])}
     for side, width in (("input", k), ("output", d)):
         V1, V2 = sides[side]
-        result |= {f"overlap_{side}": float(similarity_grid(V1, V2)[-1, -1]),
-                   f"random_{side}": random_baseline(r1, r2, width)}
+        result |= {f"overlap_{side}": float(similarity_grid(V1, V2)[-1, -1]), f"random_{side}": random_baseline(r1, r2, width)}
     V1, V2 = sides["input"]
     result |= {"disturbance": [response(second, V1) / sizes[0], response(first, V2) / sizes[1]],
                "random_disturbance": [sizes[1] * (r1 / k) ** 0.5 / sizes[0], sizes[0] * (r2 / k) ** 0.5 / sizes[1]],

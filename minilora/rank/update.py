@@ -66,8 +66,7 @@ class Update:
             raise ValueError(f"got updates of shapes {self.shape} and {other.shape}, expected one shape: compare the same "
                              "module of two adapters")
         xp = array_module(self.A, other.A)
-        return Update(xp.concatenate([self.A, other.A]),
-                      xp.concatenate([self.scale * self.B, other.scale * other.B], axis=1))
+        return Update(xp.concatenate([self.A, other.A]), xp.concatenate([self.scale * self.B, other.scale * other.B], axis=1))
 
 
 def updates(model_or_directory: Transformer | str | PathLike[str], name: str = "default") -> dict[str, Update]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..autograd import no_grad
 from ..backend import to_host
-from ..lora import merge_adapter
+from ..lora import count_parameters, merge_adapter
 from ..lora.files import save_adapter
 from ..methods import quantise
 from ..nn import Transformer, TransformerConfig
@@ -107,9 +107,12 @@ def forward_seconds(model: Transformer, ids: np.ndarray) -> float:
 
 
 def file_bytes(model: Transformer) -> int:
-    """The size of the adapter's weights on disk."""
+    """The size of the adapter's weights on disk; of one that has no file (virtual tokens with a classifier), of its numbers."""
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, folder)
+        try:
+            save_adapter(model, folder)
+        except ValueError:
+            return 4 * int(count_parameters(model)["trainable"])
         return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
