@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -50,7 +51,8 @@ def test_the_methods_leave_their_files_and_a_table(tmp_path, monkeypatch, no_pro
     assert json.loads((tmp_path / "methods.json").read_text()) == json.loads(json.dumps(report))
     assert [row["method"] for row in report["rows"]] == list(ways.WAYS) and len(report["rows"]) == 21
     assert all(row["runs"] == 1 for row in report["rows"])
-    assert report["reviews"] == {"left_out": "no such package: pip install --no-deps something"}
+    why = "no such package: pip install --no-deps something" if find_spec("sklearn") else "sklearn.metrics is not installed"
+    assert report["reviews"].keys() == {"left_out"} and report["reviews"]["left_out"].startswith(why)
     table = methods.table(report)
     assert "the real model is left out: no such package" in table and "frozen base" in table
     assert all(claim["claim"] in table and claim["found"] in table for claim in report["verdict"])
