@@ -14,6 +14,8 @@ from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 
 DASHED = (0, (4, 2))
 LEADER = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}      # from a label to its point
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+LEVELS = {"frozen base": (0, (6, 2)), "full fine-tuning": (0, (1, 1.5))}
 FAMILIES = {                                               # colour and marker -> the methods that have it
     (BLUE, "o"): ("LoRA", "rsLoRA", "LoRA+", "LoRA-FA", "PiSSA", "MiLoRA", "OLoRA", "DoRA", "AdaLoRA", "SoRA"),
     (GREEN, "s"): ("LoHa", "LoKr", "TT-LoRA", "VeRA", "SHiRA"),
@@ -45,16 +47,16 @@ def spread(values: Sequence[float] | np.ndarray, gap: float) -> np.ndarray:  # (
 
 
 def against_numbers(ax: Axes, rows: list[dict[str, Any]], key: str, lines: dict[str, float]) -> Axes:
-    """Quality against trained numbers: one labelled point a method, and levels to compare with. Labels stand in columns at
+    """Quality against trained numbers: one labelled point a method, and LEVELS to compare with. Labels stand in columns at
     the sides, in the order of the points."""
     counts = np.array([row["trainable"] for row in rows], float)
-    means = np.array([row[f"{key}_mean"] for row in rows])
-    reach = [*means, *lines.values()]
+    means, sds = (np.array([row[f"{key}_{part}"] for row in rows]) for part in ("mean", "sd"))
+    reach = [*(means - sds), *(means + sds), *lines.values()]
     low, high = min(reach), max(reach)
     pad = 0.06 * (high - low or 1.0)
     left = counts < 0.5 * np.median(counts)
     ax.set_xscale("log")
-    ax.set_xlim(counts.min() / 14.0, counts.max() * 14.0)
+    ax.set_xlim(counts.min() / 50.0, counts.max() * 20.0)
     for side, x, align in ((left, counts.min() / 5.0, "right"), (~left, counts.max() * 3.5, "left")):
         chosen = np.flatnonzero(side)
         if not len(chosen):
@@ -64,12 +66,12 @@ def against_numbers(ax: Axes, rows: list[dict[str, Any]], key: str, lines: dict[
         places += min(0.0, high + pad - places.max() - gap / 2) + max(0.0, low - pad - places.min() + gap / 2)
         for i, y in zip(chosen, places):
             ax.annotate(f"{rows[i]['method']}  {means[i]:.3f}", (counts[i], means[i]), (x, y), fontsize=10, ha=align,
-                        va="center", arrowprops=LEADER)
-    for row, count, mean in zip(rows, counts, means):
+                        va="center", arrowprops=LEADER, bbox=PAPER)
+    for row, count, mean, sd in zip(rows, counts, means, sds):
         colour, marker = look(row["method"])
-        ax.errorbar(count, mean, yerr=row[f"{key}_sd"], color=colour, marker=marker, linestyle="none", elinewidth=1.2, zorder=3)
-    for (name, value), style in zip(lines.items(), ((0, (6, 2)), (0, (1, 1.5)))):
-        ax.axhline(value, color=BLACK, linestyle=style, linewidth=1.6, label=name, zorder=1)
+        ax.errorbar(count, mean, yerr=sd, color=colour, marker=marker, linestyle="none", elinewidth=1.2, zorder=3)
+    for name, value in lines.items():
+        ax.axhline(value, color=BLACK, linestyle=LEVELS[name], linewidth=1.6, label=name, zorder=1)
     for (colour, marker), name in zip(FAMILIES, NAMES):
         ax.plot([], [], color=colour, marker=marker, linestyle="none", label=name)
     ax.set_ylim(low - pad, high + pad)

@@ -228,7 +228,7 @@ def verdict(report: dict[str, Any]) -> list[dict[str, Any]]:
     gap = (base["loss"] - rows["Houlsby"]["loss_mean"]) / max(base["loss"] - full["loss_mean"], 1e-9)
     near = rows["VeRA"]["loss_mean"] - lora["loss_mean"]
     merged = {name: row["merged"] for name, row in costs.items() if row["merged"] is not None and name != FULL}
-    worst = max(merged, key=lambda name: abs(merged[name] - 1.0))
+    worst = max(merged, key=lambda name: merged[name])
     slow = {name: row["step"] for name, row in costs.items() if row["step"] > 1.5}
     return [
         {"claim": "full fine-tuning learns more than LoRA (2405.09673)"} | below(FULL, "LoRA"),
@@ -252,8 +252,8 @@ def verdict(report: dict[str, Any]) -> list[dict[str, Any]]:
         {"claim": "LoRA-FA trains in less memory than LoRA (2308.03303)",
          "agrees": costs["LoRA-FA"]["peak_mb"] < costs["LoRA"]["peak_mb"],
          "found": f"{costs['LoRA-FA']['peak_mb']:.0f} MB against {costs['LoRA']['peak_mb']:.0f} MB"},
-        {"claim": "once merged, a method costs nothing (within 5 %)", "agrees": abs(merged[worst] - 1.0) <= 0.05,
-         "found": f"furthest: {worst} {merged[worst]:.2f}"},
+        {"claim": "once merged, a method costs nothing (within 5 %)", "agrees": merged[worst] <= 1.05,
+         "found": f"slowest: {worst} {merged[worst]:.2f}"},
         *real_verdict(report["reviews"].get("rows", [])),
     ]
 
