@@ -11,7 +11,7 @@ from test_methods import shake
 import minilora as ml
 from minilora.backend import to_host
 from minilora.lora import adapters_of
-from minilora.methods.tensor_train import divided
+from minilora.methods.tensor_train import chains, divided
 
 
 def update_of(model, path, adapter):
@@ -68,9 +68,9 @@ def test_a_tensor_train_is_its_contraction(order, r):
 def test_the_start_of_a_tensor_train_has_loras_variance():
     model = build(d_model=256, n_heads=4, n_layers=1)
     ml.add_adapter(model, ml.TensorTrainConfig(r=8, order=3, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
-    A = np.concatenate([to_host(adapter.chain("in").data) for adapter in adapters_of(model).values()])
+    A = np.concatenate([to_host(chains(adapter, adapter.order)[1].data) for adapter in adapters_of(model).values()])
     assert 0.5 < A.var() * 3 * 256 < 2.0
-    assert not any(to_host(adapter.chain("out").data).any() for adapter in adapters_of(model).values())
+    assert not any(to_host(chains(adapter, adapter.order)[0].data).any() for adapter in adapters_of(model).values())
     assert ml.count_parameters(model)["trainable"] < 4 * 8 * 512 / 2       # half of LoRA's, and less the wider the model
 
 

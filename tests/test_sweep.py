@@ -14,10 +14,20 @@ from numpy.testing import assert_allclose, assert_array_equal
 from minilora.autograd import log_softmax
 from minilora.backend import current_device, set_device, to_device, to_host
 from minilora.lora import LoraConfig, adapters_of, add_adapter, delete_adapter, merge_adapter, set_adapter, unmerge_adapter
-from minilora.methods import LoraFAConfig, loraplus_groups
+from minilora.methods import (
+    AdaLoraConfig,
+    GateProx,
+    LoraFAConfig,
+    RankAllocator,
+    SoRAConfig,
+    TensorTrainConfig,
+    VeraConfig,
+    loraplus_groups,
+)
 from minilora.nn import Transformer, TransformerConfig
 from minilora.training import AdamW, TrainConfig, mean_loss, sweep, task_batches, train
-from minilora.training.sweep import LoRAStack, bytes_per_cell
+from minilora.training.stacks import LoRAStack
+from minilora.training.sweep import bytes_per_cell
 
 VOCAB = 13
 TARGETS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -53,23 +63,27 @@ def quiet(**fields: Any) -> TrainConfig:
 VALID = [task_of(2, 6)(i, np.random.default_rng([99, i])) for i in range(2)]
 
 
-def assert_equals_alone(model, task, configs, seeds, lrs, config, result, evaluate=VALID, rtol=1e-10) -> None:
-    """Every cell's losses, parameters and evaluation, against `train` on the adapter alone."""
+def assert_equals_alone(model, task, configs, seeds, lrs, config, result, evaluate=VALID, rtol=1e-10,
+                        beside=lambda model: {}) -> None:
+    """Every cell's losses, parameters and evaluation, against `train` on the adapter alone; beside(model): more for it."""
     cells = [(c, seed, lr) for c in configs for seed in seeds for lr in lrs]
     assert len(result.rows) == len(cells) and result.losses.shape == (config.steps, len(cells))
     for k, (adapter_config, seed, lr) in enumerate(cells):
         add_adapter(model, adapter_config, "alone", seed=seed)
-        history = train(model, task_batches(task, seed), replace(config, lr=lr), evaluate=evaluate)
+        more = beside(model)
+        history = train(model, task_batches(task, seed), replace(config, lr=lr), evaluate=evaluate, **more)
         row = result.rows[k]
-        assert (row["cell"], row["rank"], row["seed"], row["lr"]) == (k, adapter_config.r, seed, lr)
+        assert (row["cell"], row["rank"], row["seed"], row["lr"]) == (
+            k, getattr(adapter_config, "init_r", adapter_config.r), seed, lr)
         assert_allclose(result.losses[:, k], history.loss, rtol=rtol)
         for path, adapter in adapters_of(model, "alone").items():
             found = result.adapter(k).parameters[path]
             for name, p in adapter.named_parameters():
                 assert_allclose(found[name], to_host(p), rtol=rtol, atol=rtol, err_msg=f"cell {k}: {path}.{name}")
         assert row["train_loss"] == result.losses[-1, k] and not row["diverged"]
-        assert row["eval_loss"] == pytest.approx(history.eval[-1][1], rel=rtol)
-        assert [(step, pytest.approx(value[k], rel=rtol)) for step, value in result.evals] == history.eval
+        assert row["eval_loss"] == pytest.approx(mean_loss(model, evaluate), rel=rtol)
+        if "loss" not in more:                                     # by which `train` would evaluate, penalty and all
+            assert [(step, pytest.approx(value[k], rel=rtol)) for step, value in result.evals] == history.eval
         delete_adapter(model, "alone")
 
 
@@ -132,6 +146,51 @@ def test_lora_fa_as_alone(device):
     for path, adapter in adapters_of(model, "again").items():
         assert_array_equal(result.adapter(3).parameters[path]["lora_A"], to_host(adapter.lora_A))
     assert result.rows[3]["parameters"] == sum(a.lora_B.size for a in adapters_of(model, "again").values())
+
+
+@pytest.mark.parametrize("B, T", [(3, 8), (1, 4)], ids=["weights formed", "thin products"])
+@pytest.mark.parametrize("configs", [
+    [VeraConfig(r=2, target_modules=TARGETS), VeraConfig(r=7, d_initial=0.5, projection_prng_key=3, target_modules=TARGETS)],
+    [TensorTrainConfig(r=r, order=2, target_modules=TARGETS) for r in (1, 4)],
+], ids=["VeRA", "tensor train"])
+def test_other_products_as_alone(device, configs, B, T):
+    """Of different ranks, and VeRA with another frozen pair in each cell."""
+    model, task = base_model(), task_of(B, T)
+    config = quiet(steps=3 if device == "fake" else 10, warmup=2, weight_decay=0.1, clip=0.4)
+    result = sweep(model, task, configs, seeds=(0, 3), lrs=(2e-2,), train=config, evaluate=VALID)
+    assert_equals_alone(model, task, configs, (0, 3), (2e-2,), config, result)
+    result.install(model, 3)
+    assert mean_loss(model, VALID) == pytest.approx(result.rows[3]["eval_loss"], rel=1e-10)
+
+
+def test_sora_as_alone(device):
+    """Each cell's gates close by its own rate and λ: some are shut at the end, and not all."""
+    model, task, config = base_model(), task_of(2, 5), quiet(steps=8, clip=0.3, warmup=2)
+    configs = [SoRAConfig(r=r, lora_alpha=8, sparse_lambda=weight, target_modules=TARGETS) for r, weight in ((2, 1.), (5, 8.))]
+    result = sweep(model, task, configs, seeds=(0, 1), lrs=(5e-3, 2e-2), train=config, evaluate=VALID)
+    assert_equals_alone(model, task, configs, (0, 1), (5e-3, 2e-2), config, result,
+                        beside=lambda model: {"callback": GateProx(model, "alone").callback})
+    shut = [sum(int((own["gate"] == 0).sum()) for own in result.adapter(k).parameters.values()) for k in range(8)]
+    assert shut[6] > 0 and shut[7] < 5 * 2 * len(TARGETS)
+
+
+@pytest.mark.parametrize("orth_reg", ["peft", "paper"])
+def test_adalora_as_alone(device, orth_reg):
+    """Each cell has its own budget over all its modules, and its own penalty; the budgets are met exactly."""
+    model, task, config = base_model(), task_of(2, 5), quiet(steps=9, clip=0.5, warmup=2)
+    configs = [AdaLoraConfig(init_r=init_r, target_r=target_r, total_step=9, tinit=2, tfinal=2, deltaT=2, orth_reg=orth_reg,
+                             target_modules=TARGETS) for init_r, target_r in ((3, 1), (5, 2))]
+    result = sweep(model, task, configs, seeds=(0, 1), train=config, evaluate=VALID)
+    allocators: list[Any] = []
+
+    def beside(model):
+        allocators.append(RankAllocator(model, "alone"))
+        return {"loss": allocators[-1].loss, "callback": allocators[-1].callback}
+
+    assert_equals_alone(model, task, configs, (0, 1), (1e-2,), config, result, beside=beside)
+    for k, allocator in enumerate(allocators):
+        ranks = {path: int((own["lora_E"] != 0).sum()) for path, own in result.adapter(k).parameters.items()}
+        assert ranks == allocator.ranks[-1][1] and sum(ranks.values()) == configs[k // 2].target_r * 2 * len(TARGETS)
 
 
 def test_lora_plus_as_alone(device):
@@ -383,6 +442,8 @@ def test_the_estimate_of_memory_is_near_the_measured_one(targets, B, T):
     ([lora(2, use_dora=True)], {}, "has a DoRA, which cannot be stacked"),
     ([lora(2, init_lora_weights="eva")], {}, "has a EVA, which cannot be stacked"),
     ([lora(2), LoraFAConfig(r=2, target_modules=TARGETS)], {}, "cell 1 has a LoRAFA on .* where cell 0 has a LoRA"),
+    ([VeraConfig(r=2, vera_dropout=0.1, target_modules=TARGETS)], {}, "vera_dropout = 0.1, expected 0"),
+    ([TensorTrainConfig(r=2, order=o, target_modules=TARGETS) for o in (2, 3)], {}, r"orders \[2, 3\]: expected one number"),
     ([lora(2)], {"loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio = 0.5, expected at least 1"),
     ([lora(2)], {"train": quiet(eval_every=1, patience=2)}, "train.patience = 2, expected None"),
     ([lora(2)], {"train": quiet(checkpoint="x")}, "train.checkpoint = 'x', expected None"),

@@ -14,24 +14,18 @@ from ..training.loop import as_dict
 from .adalora import AdaLoRA
 
 
-class RankAllocator:
-    """Cuts the budget of an AdaLoRA adapter during training.
-
-        allocator = RankAllocator(model)
-        train(model, batches, TrainConfig(...), loss=allocator.loss, callback=allocator.callback)
+class TripletBudget:
+    """Which triplets of the given adapters (module -> what has lora_A, lora_B, lora_E) are on, update after update.
 
     Sensitivity of an entry w:  I = |w ∂L/∂w|,  Ī ← β₁Ī + (1-β₁)I,  Ū ← β₂Ū + (1-β₂)|I - Ī|,  s(w) = Ī Ū.  A triplet scores
     s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij), and the best b(t) of all keep their λ. Nothing is removed: a triplet that was
     switched off may return, since its vectors stay and its λ goes on training.
 
-    ranks: (update, {module: rank}) of every choice. Raises ValueError if the adapter is not AdaLoRA.
+    ranks: (update, {module: rank}) of every choice.
     """
 
-    def __init__(self, model: Transformer, name: str = "default") -> None:
-        self.config: Any = model.adapter_configs.get(name)
-        self.adapters: dict[str, Any] = {path: a for path, a in adapters_of(model, name).items() if isinstance(a, AdaLoRA)}
-        if not self.adapters:
-            raise ValueError(f"RankAllocator: adapter {name!r} is not AdaLoRA; add_adapter(model, AdaLoraConfig(...)) first")
+    def __init__(self, adapters: dict[str, Any], config: Any) -> None:
+        self.adapters, self.config = adapters, config
         self.averages: dict[tuple[str, str], tuple[Any, Any]] = {}         # (module, parameter) -> Ī, Ū
         self.masks: dict[str, Any] = {}                    # module -> (r, 1), 1 where a triplet is on
         self.ranks: list[tuple[int, dict[str, int]]] = []
@@ -48,12 +42,6 @@ class RankAllocator:
         left = max(0.0, 1.0 - (step - c.tinit) / (c.total_step - c.tfinal - c.tinit))
         return int((start - end) * left**3 + end)
 
-    def loss(self, model: Transformer, batch: Any) -> Tensor:
-        """The model's mean cross-entropy plus γ R."""
-        inputs = dict(as_dict(batch))
-        loss = model.loss(inputs.pop("ids"), inputs.pop("targets"), **inputs)
-        return loss + self.orthogonality() * float(self.config.orth_reg_weight)
-
     def orthogonality(self) -> Tensor:
         """R: Σ (‖PᵀP - I‖²_F + ‖QQᵀ - I‖²_F) of the paper, or PEFT's mean of ‖·‖_F over all matrices."""
         total: Any = 0.0
@@ -64,7 +52,7 @@ class RankAllocator:
             total = (square if self.config.orth_reg == "paper" else sqrt(square)) + total
         return total if self.config.orth_reg == "paper" else total * (1.0 / len(matrices))
 
-    def callback(self, step: int, model: Any = None, history: Any = None) -> None:
+    def after(self, step: int) -> None:
         """After update number `step` (from 1), with its gradients still in place: score, and choose when it is due."""
         c, final = self.config, self.config.total_step - self.config.tfinal
         if step < final:
@@ -100,3 +88,29 @@ class RankAllocator:
             E = adapter.lora_E.data
             self.masks[path] = to_device(own[:, None].astype(E.dtype), device_of(E).name)
         self.ranks.append((step, {path: int(to_host(mask).sum()) for path, mask in self.masks.items()}))
+
+
+class RankAllocator(TripletBudget):
+    """Cuts the budget of an AdaLoRA adapter during training.
+
+        allocator = RankAllocator(model)
+        train(model, batches, TrainConfig(...), loss=allocator.loss, callback=allocator.callback)
+
+    Raises ValueError if the adapter is not AdaLoRA.
+    """
+
+    def __init__(self, model: Transformer, name: str = "default") -> None:
+        adapters = {path: a for path, a in adapters_of(model, name).items() if isinstance(a, AdaLoRA)}
+        if not adapters:
+            raise ValueError(f"RankAllocator: adapter {name!r} is not AdaLoRA; add_adapter(model, AdaLoraConfig(...)) first")
+        super().__init__(adapters, model.adapter_configs[name])
+
+    def loss(self, model: Transformer, batch: Any) -> Tensor:
+        """The model's mean cross-entropy plus γ R."""
+        inputs = dict(as_dict(batch))
+        loss = model.loss(inputs.pop("ids"), inputs.pop("targets"), **inputs)
+        return loss + self.orthogonality() * float(self.config.orth_reg_weight)
+
+    def callback(self, step: int, model: Any = None, history: Any = None) -> None:
+        """For `train`."""
+        self.after(step)

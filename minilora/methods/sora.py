@@ -48,10 +48,10 @@ class SoRA(LoRA):
         return W + matmul(B, A) * self.base_scale
 
 
-def soft_threshold(g: Array, xi: float) -> Array:
+def soft_threshold(g: Array, xi: Any) -> Array:
     """sign(g) max(|g| - ξ, 0): the point x that makes ½(x - g)² + ξ|x| least."""
     xp = array_module(g)
-    return xp.sign(g) * xp.maximum(abs(g) - float(xi), 0.0)
+    return xp.sign(g) * xp.maximum(abs(g) - xi, 0.0)
 
 
 class GateProx:
@@ -76,7 +76,7 @@ class GateProx:
     def step(self, lr: float) -> None:
         """One proximal step of all gates."""
         for adapter in self.adapters.values():
-            adapter.gate.data[...] = soft_threshold(adapter.gate.data, lr * self.weight)
+            adapter.gate.data[...] = soft_threshold(adapter.gate.data, float(lr) * self.weight)
 
     def ranks(self) -> dict[str, int]:
         """How many gates of each module are open."""

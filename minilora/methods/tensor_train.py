@@ -65,20 +65,27 @@ class TensorTrainLoRA(Adapter):
                 core = np.zeros(shape) if empty else rng.standard_normal(shape) * std
                 setattr(self, f"{side}{i}", Parameter(to_device(core.astype(layer.dtype))))
 
-    def chain(self, side: str) -> Tensor:
-        """The product of one side's cores: B (out, r) from the left, A (r, in) from the right."""
-        cores = [getattr(self, f"{side}{i}") for i in range(self.order)]
-        product = cores[0].reshape(-1, cores[0].shape[2])          # (… n_i, r)
-        for core in cores[1:]:
-            rank, size, after = core.shape
-            product = matmul(product, core.reshape(rank, size * after)).reshape(-1, after)
-        return product if side == "out" else product.reshape(cores[0].shape[0], -1)
-
     def factors(self) -> tuple[Any, Any, Any]:
-        return self.chain("in"), self.chain("out"), self.base_scale * self.strength
+        B, A = chains(self, self.order)
+        return A, B, self.base_scale * self.strength
 
     def adapted_weight(self, W: Tensor) -> Tensor:         # (out, in) -> (out, in)
-        return W + matmul(self.chain("out"), self.chain("in")) * self.base_scale
+        B, A = chains(self, self.order)
+        return W + matmul(B, A) * self.base_scale
+
+
+def chains(adapter: Any, order: int) -> tuple[Tensor, Tensor]:
+    """The products of the cores of both sides: B (…, out, r) and A (…, r, in)."""
+    sides = []
+    for side in ("out", "in"):
+        first, *others = (getattr(adapter, f"{side}{i}") for i in range(order))
+        *lead, rank, _, after = first.shape                # lead: (K,) where adapters lie side by side
+        product = first.reshape(*lead, -1, after)          # (…, n₁·…·n_i, r)
+        for core in others:
+            before, size, after = core.shape[-3:]
+            product = matmul(product, core.reshape(*lead, before, size * after)).reshape(*lead, -1, after)
+        sides.append(product if side == "out" else product.reshape(*lead, rank, -1))
+    return sides[0], sides[1]
 
 
 def divided(n: int, parts: int) -> list[int]:

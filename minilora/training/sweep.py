@@ -13,16 +13,16 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm.std import tqdm
 
-from ..autograd import Tensor, matmul, no_grad
+from ..autograd import Tensor, no_grad
 from ..backend import Array, array_module, device_of, enough_memory, to_device, to_host
-from ..lora import Adapter, LoRA, LoraConfig, Replacement, adapters_of, add_adapter, delete_adapter, set_adapter
+from ..lora import Adapter, LoRA, TargetConfig, adapters_of, add_adapter, delete_adapter, set_adapter
 from ..lora.model import adaptations
-from ..nn import Dropout, Parameter, Transformer
+from ..nn import Dropout, Transformer
 from .loop import (
     Batch,
     TrainConfig,
@@ -35,6 +35,7 @@ from .loop import (
     update,
 )
 from .optim import AdamW
+from .stacks import STACKS, stack_for
 
 NAME = "sweep"                                                     # of the adapters that carry the axis K, while they train
 Task = Callable[[int, np.random.Generator], Batch]
@@ -46,7 +47,7 @@ class Cell:
     """One adapter of a sweep: its place along K, and what it trains with."""
 
     index: int
-    config: LoraConfig
+    config: TargetConfig
     seed: int
     lr: float
 
@@ -55,7 +56,7 @@ class Cell:
 class TrainedAdapter:
     """An adapter that a sweep has trained: module path -> {parameter: array on the host}, cut to its own rank."""
 
-    config: LoraConfig
+    config: TargetConfig
     seed: int
     parameters: dict[str, dict[str, np.ndarray]]
 
@@ -89,7 +90,7 @@ class SweepResult:
         self.adapters[k].install(model, name)
 
 
-def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seeds: Sequence[int] = (0,),
+def sweep(model: Transformer, task: Task, configs: Sequence[TargetConfig], *, seeds: Sequence[int] = (0,),
           lrs: Sequence[float] | None = None, train: TrainConfig, evaluate: Iterable[Batch] | None = None,
           loss: Loss | None = None, chunk: int | None = None, memory: int = 2 << 30,
           loraplus_lr_ratio: float = 1.0) -> SweepResult:
@@ -97,9 +98,10 @@ def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seed
 
     task(i, rng) -> batch i, (ids (B, T), targets) or a dict as for `train`, host integers of one shape; rng depends on the
     cell's seed and on i alone, and the task on nothing else, so every cell sees the batches it would see alone
-    (`task_batches`). A task may also return a batch for each cell, ids (K, B, T). configs: LoRA without dropout on one
-    common set of modules, with any start (True, "pissa", "olora" … may stand side by side); or LoRA-FA in all cells. lrs:
-    None means (train.lr,). train: all but patience and checkpoint applies; clipping is by each adapter's own norm.
+    (`task_batches`). A task may also return a batch for each cell, ids (K, B, T). configs: without dropout, on one common
+    set of modules: LoRA with any start (True, "pissa", "olora" … may stand side by side), or in all cells LoRA-FA, VeRA,
+    tensor-train LoRA, SoRA (with its proximal steps), or AdaLoRA (with its penalty and its budget for each cell).
+    lrs: None means (train.lr,). train: all but patience and checkpoint applies; clipping is by each adapter's own norm.
     evaluate: batches on which the mean loss of every cell is taken at the end and every train.eval_every updates.
     loss(logits, targets, K) -> (K,) replaces the mean cross-entropy of each cell, for groups of rows (K·B, …). chunk: cells
     side by side at most (None: as many as fit `memory` bytes, by an estimate from the shapes); the result does not depend
@@ -143,9 +145,10 @@ def sweep(model: Transformer, task: Task, configs: Sequence[LoraConfig], *, seed
 def _rows(cells: list[Cell], sizes: list[int], losses: np.ndarray, evals: list[Any]) -> list[dict[str, Any]]:
     rows = []
     for cell, size in zip(cells, sizes):
-        k, config = cell.index, cell.config
-        rows.append({"cell": k, "rank": config.r, "alpha": config.lora_alpha, "use_rslora": config.use_rslora,
-                     "seed": cell.seed, "lr": cell.lr, "parameters": size, "train_loss": float(losses[-1, k]),
+        k, config = cell.index, cast(Any, cell.config)
+        rows.append({"cell": k, "rank": getattr(config, "init_r", config.r), "alpha": getattr(config, "lora_alpha", None),
+                     "use_rslora": getattr(config, "use_rslora", False), "seed": cell.seed, "lr": cell.lr, "parameters": size,
+                     "train_loss": float(losses[-1, k]),
                      "diverged": not bool(np.isfinite(losses[:, k]).all())})
         if evals:
             rows[-1]["eval_loss"] = float(evals[-1][1][k])
@@ -176,68 +179,6 @@ def plain_base(model: Any) -> Iterator[None]:
         model.adapter_configs = configs
 
 
-class LoRAStack(Adapter):
-    """K LoRA adapters on one layer: A (K, r_max, in), B (K, out, r_max), scales (K,). W'_k = W + s_k B_k A_k."""
-
-    rowwise = False                                                # the rows of a batch are K groups
-    goes_with: tuple[type, ...] = ()                               # other stacks, whose adapters this one takes as well
-
-    def __init__(self, adapters: Sequence[LoRA]) -> None:
-        self.ranks = [a.lora_A.shape[0] for a in adapters]
-        (r_max, K), first = (max(self.ranks), len(adapters)), adapters[0]
-        A = np.zeros((K, r_max, first.lora_A.shape[1]), first.lora_A.dtype)
-        B = np.zeros((K, first.lora_B.shape[0], r_max), first.lora_B.dtype)
-        for k, (adapter, r) in enumerate(zip(adapters, self.ranks)):
-            A[k, :r], B[k, :, :r] = to_host(adapter.lora_A), to_host(adapter.lora_B)
-        device = device_of(first.lora_A.data).name
-        self.lora_A, self.lora_B = Parameter(to_device(A, device)), Parameter(to_device(B, device))
-        self.scales = to_device(np.array([a.scale for a in adapters], A.dtype), device)
-
-    def adapted_weight(self, W: Tensor) -> Tensor:                 # (out, in) -> (K, out, in)
-        return W + matmul(self.lora_B * self.scales[:, None, None], self.lora_A)
-
-    def factors(self) -> tuple[Parameter, Parameter, Array]:
-        return self.lora_A, self.lora_B, self.scales
-
-    def unstacked(self) -> list[dict[str, np.ndarray]]:
-        """The parameters of each adapter, cut to its rank, on the host."""
-        A, B = to_host(self.lora_A), to_host(self.lora_B)
-        return [{"lora_A": A[k, :r].copy(), "lora_B": B[k, :, :r].copy()} for k, r in enumerate(self.ranks)]
-
-
-class ReplacementStack(Adapter):
-    """K whole layers in one place (a classifier that is trained with each adapter): weight (K, out, in), bias (K, 1, out)."""
-
-    rowwise = False                                                # the rows of a batch are K groups
-    goes_with = ()
-
-    def __init__(self, adapters: Sequence[Replacement]) -> None:
-        self.weight, self.bias = _stacked([a.weight for a in adapters]), None
-        if adapters[0].bias is not None:
-            self.bias = _stacked([a.bias for a in adapters], shape=(1, -1))
-
-    def forward(self, x: Tensor, base: Any) -> Tensor:             # (K·B, …, in) -> (K·B, …, out)
-        K, out, _ = self.weight.shape
-        y = matmul(x.reshape(K, -1, x.shape[-1]), self.weight.transpose(0, 2, 1))
-        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], out)
-
-    def unstacked(self) -> list[dict[str, np.ndarray]]:
-        """The parameters of each layer, on the host."""
-        W = to_host(self.weight)
-        if self.bias is None:
-            return [{"weight": w.copy()} for w in W]
-        return [{"weight": w.copy(), "bias": b[0].copy()} for w, b in zip(W, to_host(self.bias))]
-
-
-STACKS: dict[type, Any] = {LoRA: LoRAStack, Replacement: ReplacementStack}     # methods/stacks.py has more
-
-
-def stack_for(adapters: Sequence[Adapter]) -> Any:
-    """The class that takes all these adapters of one module side by side, or None."""
-    kinds = {STACKS.get(type(adapter)) for adapter in adapters}
-    return next((kind for kind in kinds if kind and kinds <= {kind, *kind.goes_with}), None)
-
-
 @dataclass
 class _Chunk:
     losses: np.ndarray                                             # (steps, K)
@@ -256,6 +197,8 @@ def _train_chunk(model: Transformer, task: Task, cells: list[Cell], adapters: li
     groups = [{"params": own, "lr": rates} for own, rates in ((others, lrs), (faster, lrs * ratio)) if own]
     optimizer = AdamW(groups, lrs, config.betas, config.eps, config.weight_decay)
     device, dtype = device_of(params[0].data).name, params[0].dtype
+    makers, own_configs = dict.fromkeys(stack.companion for stack in stacks.values()), [cell.config for cell in cells]
+    beside = [make(stacks, own_configs) for make in makers if make is not None]
     run = _Chunk(np.empty((config.steps, K)), [], [{} for _ in cells])
     pending: list[Array] = []
     for step in range(config.steps):
@@ -265,8 +208,11 @@ def _train_chunk(model: Transformer, task: Task, cells: list[Cell], adapters: li
             losses = (model_loss(model, batch, config, K) * to_device(share, device) for batch, share in zip(window, shares))
         else:
             losses = (loss(*logits_and_targets(model, batch), K) * (1.0 / len(window)) for batch in window)
-        pending.append(update(losses, params, optimizer, config.clip, config.factor(step), K))
+        penalties = (added for one in beside if (added := one.penalty()) is not None)
+        pending.append(update(itertools.chain(losses, penalties), params, optimizer, config.clip, config.factor(step), K))
         done = step + 1
+        for one in beside:
+            one.after(done, lrs * config.factor(step))
         if done % config.log_every == 0 or done == config.steps:
             run.losses[done - len(pending) : done] = to_host(array_module(*pending).stack(pending))
             bar.update(K * len(pending))
@@ -345,11 +291,6 @@ def _size(adapters: dict[str, Adapter], trainable: bool | None = None) -> int:
     return sum(p.size for adapter in adapters.values() for _, p in adapter.named_parameters(trainable))
 
 
-def _stacked(parameters: Sequence[Any], shape: tuple[int, ...] | None = None) -> Parameter:
-    arrays = [p.data if shape is None else p.data.reshape(shape) for p in parameters]
-    return Parameter(array_module(*arrays).stack(arrays))
-
-
 def _check(model: Transformer, cells: list[Cell], train: TrainConfig, chunk: int | None) -> None:
     if not cells:
         raise ValueError("sweep: got no cells, expected at least one config, one seed and one learning rate")
@@ -360,9 +301,10 @@ def _check(model: Transformer, cells: list[Cell], train: TrainConfig, chunk: int
             raise ValueError(f"sweep: train.{field} = {getattr(train, field)!r}, expected None: the cells of a sweep run "
                              "together from start to end")
     for cell in cells:
-        if cell.config.lora_dropout:
-            raise ValueError(f"sweep: lora_dropout = {cell.config.lora_dropout}, expected 0: adapters side by side draw no "
-                             "masks; train those with dropout one by one")
+        for dropout in ("lora_dropout", "vera_dropout"):
+            if getattr(cell.config, dropout, 0.0):
+                raise ValueError(f"sweep: {dropout} = {getattr(cell.config, dropout)}, expected 0: adapters side by side draw "
+                                 "no masks; train those with dropout one by one")
     if any(isinstance(m, Dropout) and m.p and m.training for _, m in model.named_modules()):
         raise ValueError("sweep: the model has dropout, expected none: call model.eval() first, and the sweep trains without")
     if any(a.saved is not None for a in adaptations(model)):
@@ -380,7 +322,8 @@ def _check_stackable(adapters: list[dict[str, Adapter]]) -> None:
         for path, adapter in own.items():
             if type(adapter) not in STACKS or (type(adapter) is LoRA and adapter.factors()[0] is not adapter.lora_A):
                 raise ValueError(f"sweep: {path} has a {type(adapter).__name__}, which cannot be stacked: "
-                                 "expected LoRA, LoRA-FA or a start from W on linear layers; train the others one by one")
+                                 f"expected one of {', '.join(sorted(kind.__name__ for kind in STACKS))} on linear layers; "
+                                 "train the others one by one")
             if stack_for([adapters[0][path], adapter]) is None:
                 raise ValueError(f"sweep: cell {k} has a {type(adapter).__name__} on {path} where cell 0 has a "
                                  f"{type(adapters[0][path]).__name__}: run one sweep for each method")
