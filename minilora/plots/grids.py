@@ -8,7 +8,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 
 from .analysis import similarity_map
 from .style import BLACK, BLUE, DASHED, GREEN, GREY, ORANGE, PINK, STYLE, rank_axis
@@ -201,7 +200,7 @@ def spectrum(data: dict[str, Any]) -> Figure:
                          markevery=max(1, len(values) // 10), linestyle="-" if r else DASHED, label=name[r])
         axes[0].set_xscale("log", base=2)
         axes[0].set_yscale("log")
-        axes[0].xaxis.set_major_formatter(ScalarFormatter())
+        axes[0].xaxis.set_major_formatter("{x:g}")
         axes[0].set_xlabel("i: number of the singular value")
         axes[0].set_ylabel("σᵢ / σ₁ of ΔW")
         axes[0].set_title(f"a   spectrum ({data['drawn']}, last layer)", loc="left")
@@ -213,22 +212,25 @@ def spectrum(data: dict[str, Any]) -> Figure:
         axes[1].plot([], [], color=GREY, linestyle=DASHED, label="full fine-tuning")
         rank_axis(axes[1], ranks)
         axes[1].set_ylabel(f"intruders among {best[0]['directions']} directions")
+        axes[1].set_ylim(top=1.3 * best[0]["directions"])
         axes[1].set_title("b   intruder dimensions, best rates", loc="left")
-        axes[1].legend()
+        axes[1].legend(loc="upper left", ncols=3)
+        base = data["text"]["base"]
         for r in (*ranks, 0):
-            mine = [row for row in rows if row["rank"] == r]
+            mine = [row for row in rows if row["rank"] == r and row["loss_mean"] < base["loss"]]
             axes[2].errorbar([row["loss_mean"] for row in mine], [row["source_loss_mean"] for row in mine],
                              xerr=[row["loss_sd"] for row in mine], yerr=[row["source_loss_sd"] for row in mine],
                              color=colours[r], marker=marks[r], linestyle="-" if r else DASHED, label=name[r])
             axes[2].annotate(f"{mine[-1]['lr']:g}", (mine[-1]["loss_mean"], mine[-1]["source_loss_mean"]), fontsize=9,
                              xytext=(5, 4), textcoords="offset points", color=GREY)
-        base = data["text"]["base"]
         axes[2].plot(base["loss"], base["source_loss"], marker="*", markersize=15, color=GREEN, linestyle="none",
                      label="frozen base")
         axes[2].set_xlabel("loss on the target (learned: to the left)")
         axes[2].set_ylabel("loss on the source (forgotten: up)")
-        axes[2].set_title("c   learned against forgotten; lines join rates", loc="left")
-        axes[2].legend(fontsize=9.5)
+        diverged = sum(row["loss_mean"] >= base["loss"] for row in rows)
+        note = "lines join learning rates" + (f"\n(without {diverged} that ended worse than the base)" if diverged else "")
+        axes[2].set_title("c   learned against forgotten", loc="left")
+        axes[2].legend(fontsize=9.5, title=note, title_fontsize=9.5, alignment="left")
         figure.suptitle(f"Full fine-tuning's ΔW beside LoRA's: {data['text']['from']} to {data['text']['to']}", fontsize=16)
     return figure
 
@@ -273,7 +275,7 @@ def real_model(data: dict[str, Any]) -> Figure:
                             markevery=max(1, len(values) // 10), linestyle=DASHED if name == "full" else "-",
                             label="full fine-tuning" if name == "full" else f"LoRA, {name}")
         axes[1, 1].set_xscale("log", base=2)
-        axes[1, 1].xaxis.set_major_formatter(ScalarFormatter())
+        axes[1, 1].xaxis.set_major_formatter("{x:g}")
         axes[1, 1].set_yscale("log")
         axes[1, 1].set_xlabel("i: number of the singular value")
         axes[1, 1].set_ylabel("σᵢ / σ₁ of ΔW")
