@@ -321,6 +321,17 @@ def test_check_by_name(registry):
         check.scald  # noqa: B018
 
 
+def test_a_verdict_is_no_value_of_its_cell_while_nbgrader_runs(registry, monkeypatch, capsys):
+    """nbgrader takes what a cell evaluates to as points, so there IPython is told that the verdict has been displayed."""
+    monkeypatch.delenv("NBGRADER_EXECUTION", raising=False)
+    verdict = check.scaled(lambda x, s, r: s * x)
+    with pytest.raises(NotImplementedError):                       # IPython then shows the repr
+        verdict._ipython_display_()
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    verdict._ipython_display_()
+    assert capsys.readouterr().out == f"{verdict!r}\n"
+
+
 @pytest.mark.parametrize("variable", [("MINILORA_CHECK", "strict"), ("NBGRADER_EXECUTION", "autograde")])
 def test_strict(registry, monkeypatch, variable):
     monkeypatch.setenv(*variable)
