@@ -404,6 +404,16 @@ def test_notebooks_are_what_their_sources_give(path):
     list(build(lessons.NOTEBOOKS, exercises(), [path.name[:2]], check=True))
 
 
+@each_source
+def test_a_translated_lesson_is_translated_whole(path):
+    """Each text cell has as many translations as the first; what only teachers read needs none."""
+    cells = [cell for cell in read(path) if cell.kind == "markdown" and not cell.attributes.get("teacher")]
+    own = [i for i, cell in enumerate(cells) if "lang" not in cell.attributes]
+    languages = [[cell.attributes["lang"] for cell in cells[i + 1 : j]] for i, j in zip(own, [*own[1:], len(cells)])]
+    missing = [cells[i].line for i, those in zip(own, languages) if those != languages[0]]
+    assert missing == [] and languages[0] in ([], ["zh"]), f"{path.name}, lines {missing}: text without its translation"
+
+
 def test_every_notebook_has_a_source():
     stems = {path.stem for path in lessons.SOURCES}
     assert [path for path in NOTEBOOKS if path.stem not in stems] == []
