@@ -13,6 +13,7 @@ from minilora.studies import (
     amplification,
     capacity,
     cells,
+    chosen_ranks,
     init,
     rank_lr,
     real_model,
@@ -31,6 +32,7 @@ SIZES = {
     spectrum: Grid(TINY, 2, [1, 4], [1e-2], [1e-3]),
     capacity: capacity.Size(TINY, 2, [1, 4], [1e-2], [1e-3], [64, 512]),
     init: init.Size(TINY, 2, [1e-2, 2e-2]),
+    chosen_ranks: chosen_ranks.Size(replace(TINY, n_layers=2, steps=12), 2, 2, [1.0, 2.0]),
     subspaces: wide.Size(replace(TINY, d_model=128), 1, [1e-2]),
     amplification: wide.Size(replace(TINY, d_model=128), 1, [1e-2]),
 }
@@ -75,6 +77,20 @@ def test_where_lora_leaves_full_fine_tuning():
     assert capacity.least_rank(group(1.5, 1.04, 1.2, 1.01, 1.0))["rank"] == 8         # from it on, not at it alone
     assert capacity.least_rank(group(1.0, 1.0))["rank"] == 1
     assert capacity.least_rank(group(1.5, 1.3)) is None
+
+
+def test_ranks_are_followed_while_they_are_chosen():
+    """Equal ranks stay; AdaLoRA meets its budget; what DynamicRank and SoRA cut off stays off."""
+    setting = replace(TINY, n_layers=2, steps=12)
+    found = {method: chosen_ranks.ranks_cell(setting.to_dict(), method, 2, 2e-2, 0)["ranks"]
+             for method in ("LoRA", *chosen_ranks.METHODS)}
+    for method, looks in found.items():
+        assert [step for step, _ in looks] == list(range(13)) and len(looks[0][1]) == 12
+        assert set(looks[0][1].values()) == {2 if method == "LoRA" else 3}
+    assert all(ranks == found["LoRA"][0][1] for _, ranks in found["LoRA"])
+    assert sum(found["AdaLoRA"][-1][1].values()) == 2 * 12
+    falling = np.array([list(ranks.values()) for _, ranks in found["DynamicRank"]])
+    assert (np.diff(falling, axis=0) <= 0).all() and falling[-1].sum() < falling[0].sum()
 
 
 def test_two_tasks_with_inputs_of_their_own():

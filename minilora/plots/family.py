@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .analysis import module_map, over_training
 from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE
 
 DASHED = (0, (4, 2))
@@ -172,4 +173,26 @@ def quantisation(data: dict[str, Any]) -> Figure:
             ax.set_yticks(range(len(names)), names)
             ax.set_ylim(len(names) - 0.4, -0.6)
         figure.suptitle("LoRA on a base of 4 bits", fontsize=16)
+    return figure
+
+
+def chosen_ranks(data: dict[str, Any]) -> Figure:
+    """The ranks of methods that choose them: above over training, by kind of module; below at the end, layer by layer."""
+    rows = data["rows"][1:]                                # the first has equal ranks
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, len(rows), figsize=(6 * len(rows), 9.6), layout="constrained", squeeze=False)
+        for i, (row, above, below) in enumerate(zip(rows, *axes)):
+            over_training(above, {"steps": row["updates"], "modules": {path: {"rank": r} for path, r in row["ranks"].items()}},
+                          "rank")
+            above.axhline(data["rank"], color=GREY, linewidth=1.2)
+            above.set_ylim(0, 1.75 * data["rank"])
+            above.set_ylabel("rank: median over layers, and range")
+            above.set_title(f"{'abc'[i]}   {row['method']}: loss {row['loss_mean']:.3f}, mean rank {row['mean_rank']:.1f}",
+                            loc="left")
+            above.get_legend().remove()
+            last = {path: {"rank_at_the_end": r[-1]} for path, r in row["ranks"].items()}
+            module_map(below, {"modules": last}, "rank_at_the_end").images[0].set_clim(0, 1.5 * data["rank"])
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+        figure.suptitle(f"Who gets the rank? {data['text']['from']} to {data['text']['to']}, {data['text']['seeds']} seeds; "
+                        f"LoRA with r = {data['rank']} everywhere: loss {data['rows'][0]['loss_mean']:.3f}", fontsize=16)
     return figure

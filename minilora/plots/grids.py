@@ -221,8 +221,9 @@ def spectrum(data: dict[str, Any]) -> Figure:
             axes[2].errorbar([row["loss_mean"] for row in mine], [row["source_loss_mean"] for row in mine],
                              xerr=[row["loss_sd"] for row in mine], yerr=[row["source_loss_sd"] for row in mine],
                              color=colours[r], marker=marks[r], linestyle="-" if r else DASHED, label=name[r])
-            axes[2].annotate(f"{mine[-1]['lr']:g}", (mine[-1]["loss_mean"], mine[-1]["source_loss_mean"]), fontsize=9,
-                             xytext=(5, 4), textcoords="offset points", color=GREY)
+            for row in mine[-1:]:
+                axes[2].annotate(f"{row['lr']:g}", (row["loss_mean"], row["source_loss_mean"]), fontsize=9,
+                                 xytext=(5, 4), textcoords="offset points", color=GREY)
         axes[2].plot(base["loss"], base["source_loss"], marker="*", markersize=15, color=GREEN, linestyle="none",
                      label="frozen base")
         axes[2].set_xlabel("loss on the target (learned: to the left)")

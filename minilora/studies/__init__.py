@@ -3,6 +3,7 @@
 from . import (
     amplification,
     capacity,
+    chosen_ranks,
     entities,
     init,
     methods,
@@ -21,7 +22,8 @@ from .common import Options
 STUDIES = {
     "rank-quality": rank_quality, "which-matrices": which_matrices, "rank-lr": rank_lr, "subspaces": subspaces,
     "amplification": amplification, "spectrum": spectrum, "capacity": capacity, "init": init,
-    "real-model": real_model, "methods": methods, "quantisation": quantisation,
+    "real-model": real_model, "methods": methods, "chosen-ranks": chosen_ranks,
+    "quantisation": quantisation,
     "sentiment": sentiment, "entities": entities, "style": style,
 }
 
