@@ -180,6 +180,8 @@ def _task_verbs(verbs: Any) -> None:
             ("limit", int, "use only so many examples, drawn by the seed")):
         tune.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=f"{what} (default: by the task)")
     tune.add_argument("--schedule", choices=["linear", "cosine", "constant"], help="of the rate (default: by the task)")
+    tune.add_argument("--quantise", choices=tasks.QUANTISED, help="keep the base in 4 bits (QLoRA): the blocks of a .gguf file "
+                      "in Q4_0 or Q4_1 as they are, or NF4 or FP4")
     tune.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers to adapt, or all-linear")
     tune.add_argument("--eval-share", type=float, default=0.1, metavar="X", help="held out without --eval (default 0.1)")
     tune.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
@@ -294,7 +296,8 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _finetune(args: argparse.Namespace) -> None:
-    names = ("r", "lora_dropout", "dropout", "lr", "epochs", "steps", "batch", "tokens", "max_length", "warmup", "schedule")
+    names = ("r", "lora_dropout", "dropout", "lr", "epochs", "steps", "batch", "tokens", "max_length", "warmup", "schedule",
+             "quantise")
     settings = {name: getattr(args, name) for name in names}
     targets = args.target_modules[0] if args.target_modules == ["all-linear"] else args.target_modules
     report = tasks.finetune(

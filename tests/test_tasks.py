@@ -26,6 +26,7 @@ from minilora.data import (
     read_tagged,
     split,
 )
+from minilora.methods import FourBit
 from minilora.pretrained import Tokenizer
 from minilora.tasks import TASKS, Run, finetune, load, metrics, predict, prepare
 from minilora.tasks.encode import Encoder, Row, collate
@@ -458,6 +459,24 @@ def test_a_causal_base_classifies_too(llama, reviews, tmp_path):
     ids = [byte_level().encode("the film")]
     report.model.eval()
     np.testing.assert_array_equal(again.model(ids).data, report.model(ids).data)
+
+
+@pytest.mark.parametrize("quantise", ["nf4", "fp4"])
+def test_a_base_of_4_bits(quantise, bert, reviews, tmp_path):
+    """It learns what a dense one learns, is in 4 bits all along, and is so again when the adapter is used."""
+    report = finetune(bert, reviews, "sentiment", out=tmp_path / "out", lr=1e-2, epochs=20, quantise=quantise, progress=False)
+    assert report.after["accuracy"] == 1.0 and report.facts["settings"]["quantise"] == quantise
+    again = load(tmp_path / "out").model
+    for model in (report.model, again):
+        layer = model.layers[0].mlp.up_proj
+        assert isinstance(layer.weight, FourBit) and layer.weight.quant_type == quantise
+    ids = [word_tokenizer().encode("the film was good")]
+    report.model.eval()
+    np.testing.assert_array_equal(again(ids).data, report.model(ids).data)
+    with pytest.raises(ValueError, match="expected a GGUF file in Q4_0 or Q4_1"):
+        finetune(bert, reviews, "sentiment", quantise="blocks", progress=False)
+    with pytest.raises(ValueError, match="quantise = 'int8': expected one of blocks, nf4, fp4"):
+        finetune(bert, reviews, "sentiment", quantise="int8", progress=False)
 
 
 def test_limit_labels_and_an_evaluation_file(bert, reviews, tmp_path):

@@ -206,7 +206,7 @@ def _by_weight(x: Tensor, base: Linear, terms: list[tuple[slice, Adapter]]) -> T
     return linear(x, *adapted(base, terms))
 
 
-def dense(base: Linear) -> Tensor:
+def dense(base: Linear | Embedding) -> Tensor:
     """The weight of `base` as a Tensor, a quantised one for the moment of use."""
     return base.weight if isinstance(base.weight, Tensor) else Tensor(base.weight.dense())
 

@@ -9,7 +9,7 @@ import numpy as np
 from ..autograd import Tensor, embedding, matmul
 from ..backend import Array, to_device
 from ..nn import Embedding, Linear, Parameter
-from .layer import Adapter, register
+from .layer import Adapter, dense, register
 
 
 class LowRank(Adapter):
@@ -84,7 +84,7 @@ class Replacement(Adapter):
 
     def __init__(self, layer: Linear | Embedding, config: Any, names: tuple[str, ...], rng: np.random.Generator) -> None:
         super().__init__(layer, config, names, rng)
-        self.weight = Parameter(layer.weight.data.copy())
+        self.weight = Parameter(dense(layer).data.copy())
         self.bias = None if layer.bias is None else Parameter(layer.bias.data.copy())
 
     def adapted_weight(self, W: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from .finetune import Run, finetune, fit, prepare
 from .predict import Prediction, Predictor, load, predict
-from .presets import TASKS, Settings
+from .presets import QUANTISED, TASKS, Settings
 from .report import FinetuneReport
 from .router import Router, embed_texts, keywords
 
-__all__ = ["TASKS", "FinetuneReport", "Prediction", "Predictor", "Router", "Run", "Settings", "embed_texts", "finetune",
-           "fit", "keywords", "load", "predict", "prepare"]
+__all__ = ["QUANTISED", "TASKS", "FinetuneReport", "Prediction", "Predictor", "Router", "Run", "Settings", "embed_texts",
+           "finetune", "fit", "keywords", "load", "predict", "prepare"]

@@ -28,9 +28,10 @@ from ..data import (
 )
 from ..lora import LoraConfig, add_adapter, count_parameters
 from ..nn import Transformer
-from ..pretrained import Tokenizer, load_pretrained
+from ..pretrained import Tokenizer
 from ..training import History, TrainConfig, train
 from . import metrics
+from .base import load_base
 from .encode import IGNORED, Encoded, Encoder, collate
 from .folder import CHECKPOINT, begin, finish, remember, usable
 from .presets import Settings, task_named
@@ -143,10 +144,8 @@ def prepare(source: Any, task: str, examples: Sequence[Any], held: Sequence[Any]
     if held is None:
         examples, held = _held_out(examples, eval_share, seed)
         eval_where = where
-    model, tokenizer = load_pretrained(source, head=kind.head, n_labels=None if names is None else len(names),
-                                       dropout=settings.dropout, seed=seed)
-    if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer, expected tokenizer.json beside the weights: save the tokenizer there")
+    model, tokenizer = load_base(source, settings.quantise, head=kind.head, n_labels=None if names is None else len(names),
+                                 dropout=settings.dropout, seed=seed)
     encoder = Encoder(tokenizer, min(settings.max_length, model.cfg.max_len))
     train_rows, held_rows = (_encoded(encoder, task, found, names, file) for found, file in
                              ((examples, where), (held, eval_where)))

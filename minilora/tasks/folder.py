@@ -97,6 +97,7 @@ def finish(folder: Path, report: FinetuneReport) -> None:
     base, labels = base_name(facts["base"]), facts["labels"]
     known = {"base": base if Path(facts["base"]).exists() else facts["base"], "task": facts["task"],
              "head": task_named(facts["task"]).head, "max_length": facts["max_length"], "chat": facts["chat"],
+             "quantise": facts["settings"]["quantise"],
              "id2label": None if labels is None else {str(i): name for i, name in enumerate(labels)}}
     try:
         with new_folder(folder, force=True) as part:

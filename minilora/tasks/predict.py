@@ -12,9 +12,10 @@ import numpy as np
 
 from ..lora.files import load_adapter
 from ..nn import Transformer, generate
-from ..pretrained import Tokenizer, load_pretrained
+from ..pretrained import Tokenizer
 from ..pretrained.text import new_tokens
 from . import metrics
+from .base import load_base
 from .encode import Encoder, Row
 from .folder import FACTS, read_object
 from .presets import TASKS
@@ -104,10 +105,8 @@ def load(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None 
             len(set(map(str, labels.values()))) != len(labels)):
         raise ValueError(f"{path} lacks the task, the base, the longest length or the labels: fine-tune again")
     names = [str(labels[str(i)]) for i in range(len(labels))]
-    model, tokenizer = load_pretrained(base or facts["base"], head=TASKS[facts["task"]].head, n_labels=len(names) or None,
-                                       dropout=0.0)
-    if tokenizer is None:
-        raise ValueError(f"{base or facts['base']} has no tokenizer, expected the one the adapter was trained with")
+    model, tokenizer = load_base(base or facts["base"], facts.get("quantise"), head=TASKS[facts["task"]].head,
+                                 n_labels=len(names) or None, dropout=0.0)
     load_adapter(model, directory)
     return Predictor(model, tokenizer, facts["task"], names, length, facts.get("chat", True))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+QUANTISED = ("blocks", "nf4", "fp4")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -14,6 +16,7 @@ class Settings:
     learning rate; schedule, warmup, weight_decay, clip: as in TrainConfig. epochs: passes over the data; steps: updates, in
     place of epochs. batch: examples in a batch; tokens: at most so many tokens in a batch, in place of batch. max_length: of
     an example, in tokens; the model's own limit counts too. modules_to_save: layers trained whole, besides the classifier.
+    quantise: the base in 4 bits (QLoRA): "nf4" or "fp4", or "blocks", those of a GGUF file in Q4_0 or Q4_1; None: dense.
     """
 
     r: int = 8
@@ -22,6 +25,7 @@ class Settings:
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     dropout: float = 0.0
+    quantise: str | None = None
     lr: float = 1e-3
     schedule: str = "linear"
     warmup: float = 0.06
@@ -46,6 +50,8 @@ class Settings:
             value = getattr(settings, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} = {value!r}: expected a whole number of at least 1")
+        if settings.quantise not in (None, *QUANTISED):
+            raise ValueError(f"quantise = {settings.quantise!r}: expected one of {', '.join(QUANTISED)}, or None")
         if not 0 < settings.epochs < 1e6:
             raise ValueError(f"epochs = {settings.epochs!r}: expected a number above 0")
         return settings
