@@ -238,13 +238,14 @@ def merge_errors(ax: Axes, data: dict[str, Any]) -> Axes:
     return ax
 
 
-def over_training(ax: Axes, data: dict[str, Any], measure: str = "effective_rank") -> Axes:
-    """What a Recorder followed: the median of a measure over the modules of each kind, with their range."""
+def over_training(ax: Axes, data: dict[str, Any], measure: str = "effective_rank", ranges: bool = True) -> Axes:
+    """What a Recorder followed: the median of a measure over the modules of each kind, with their range unless left out."""
     modules = data["modules"]
     _, kind = _places(modules)
     for (colour, marker, dash), each in zip(_marks(len(set(kind.values()))), dict.fromkeys(kind.values())):
         values = np.array([modules[name][measure] for name in modules if kind[name] == each])              # (layers, steps)
-        ax.fill_between(data["steps"], values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+        if ranges:
+            ax.fill_between(data["steps"], values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
         ax.plot(data["steps"], np.median(values, axis=0), color=colour, linestyle=dash, marker=marker,
                 markevery=max(1, len(data["steps"]) // 10), label=each.rpartition(".")[2])
     ax.set_xlabel("optimiser steps")

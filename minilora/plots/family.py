@@ -183,10 +183,10 @@ def chosen_ranks(data: dict[str, Any]) -> Figure:
         figure, axes = plt.subplots(2, len(rows), figsize=(6 * len(rows), 9.6), layout="constrained", squeeze=False)
         for i, (row, above, below) in enumerate(zip(rows, *axes)):
             over_training(above, {"steps": row["updates"], "modules": {path: {"rank": r} for path, r in row["ranks"].items()}},
-                          "rank")
+                          "rank", ranges=False)
             above.axhline(data["rank"], color=GREY, linewidth=1.2)
             above.set_ylim(0, 1.75 * data["rank"])
-            above.set_ylabel("rank: median over layers, and range")
+            above.set_ylabel("rank, median over layers")
             above.set_title(f"{'abc'[i]}   {row['method']}: loss {row['loss_mean']:.3f}, mean rank {row['mean_rank']:.1f}",
                             loc="left")
             above.get_legend().remove()

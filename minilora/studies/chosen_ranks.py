@@ -16,7 +16,7 @@ import numpy as np
 from .. import plots
 from ..data import load_corpus
 from ..lora import adapters_of, add_adapter
-from ..methods import DynamicRank, GateProx, RankAllocator
+from ..methods import DynamicRank, GateProx, RankAllocator, SoRAConfig
 from ..training import AdamW, mean_loss, train
 from .cells import compute
 from .common import Options, Pretraining, publish, text_batches, verdict_lines, writable_folder
@@ -27,7 +27,8 @@ QUESTION = "Which layers get the rank when AdaLoRA, SoRA or DynamicRank choose i
 EXPECTED = ("AdaLoRA (arXiv:2303.10512), section 4.5 and Figure 3: the feed-forward layers and the upper layers get more of "
             "the budget; Table 2: at one budget the chosen ranks beat equal ones.")
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-FIXED, ENERGY = "LoRA", 0.95     # the method with equal ranks; the share of ΔW's energy that DynamicRank keeps
+FIXED = "LoRA"                   # the method with equal ranks
+ENERGY, SPARSE = 0.95, 2.0       # the share of ΔW's energy that DynamicRank keeps; SoRA's λ
 METHODS = ("AdaLoRA", "SoRA", "DynamicRank")
 LOOKS = 40                       # how often the ranks are looked at in a run
 CHOICE = METHODS[0]              # of which the paper speaks
@@ -45,8 +46,8 @@ class Size:
 
 SIZES = {
     "quick": Size(Setting(64, 2, Pretraining(60, 16, 3e-3, 64), 20, 4, 32), 1, 4, [1.0]),
-    "default": Size(Setting(64, 4, Pretraining(500, 32, 3e-3, 64), 300, 16, 256), 3, 4, [0.5, 1.0, 2.0]),
-    "full": Size(Setting(96, 6, Pretraining(800, 32, 3e-3, 64), 400, 16, 384), 5, 4, [0.5, 1.0, 2.0]),
+    "default": Size(Setting(64, 4, Pretraining(500, 32, 3e-3, 64), 200, 16, 256), 3, 4, [0.25, 0.5, 1.0, 2.0]),
+    "full": Size(Setting(96, 6, Pretraining(800, 32, 3e-3, 64), 400, 16, 384), 5, 4, [0.25, 0.5, 1.0, 2.0]),
 }
 
 
@@ -81,6 +82,8 @@ def ranks_cell(setting: dict[str, Any], method: str, rank: int, lr: float, seed:
     config = way_of(method).config
     assert config is not None
     made = config(start if method == "DynamicRank" else rank, given.steps)
+    if isinstance(made, SoRAConfig):
+        made.sparse_lambda = SPARSE
     add_adapter(model, replace(made, target_modules=MODULES), seed=seed)
     ranks: list[Any] = [[0, dict.fromkeys(adapters_of(model), start)]]
     options, ranks_now = chooser(method, model, given.steps, lr)
