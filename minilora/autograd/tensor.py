@@ -2,7 +2,8 @@
 
 An Op is a class with `forward` and `backward` side by side, on plain arrays. Calling an Op on Tensors runs `forward`, and
 notes where its inputs came from (its edges). Every Op takes a number when it is made, and an Op can only use what was made
-before it: so "largest number first" is a valid order for the reverse pass, and no topological sort is needed.
+before it: so "largest number first" is a valid order for the reverse pass, and no topological sort is needed. What travels
+backwards is the cotangent ȳ = ∂loss/∂y of each result y; an Op turns it into those of its inputs.
 
 What every gradient needs is done once, here and not in the Ops: summing over broadcast axes, checks of shape, dtype and
 device, adding up where a tensor was used twice, and freeing the graph as the pass goes.

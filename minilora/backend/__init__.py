@@ -1,4 +1,7 @@
-"""NumPy or CuPy under the same lines. The only folder that imports CuPy."""
+"""NumPy or CuPy under the same lines. The only folder that imports CuPy.
+
+generic.py holds the primitives for reading; numpy_*.py and cupy_*.py are the same, faster, and tested equal to them.
+"""
 
 from .cupy_driver import DeviceError, enough_memory
 from .device import (

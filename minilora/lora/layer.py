@@ -1,4 +1,6 @@
-"""An adaptation is a function from small parameters to a weight. This file says so, and puts it onto a layer.
+"""What hangs on a layer: an `Adapter` is what one method adds to one layer, an `Adaptation` all the adapters there.
+
+An adapter is a function from small parameters to a weight.
 
 `Adapter.adapted_weight(W)` is the meaning of a method, built from Tensor ops. From it follow, once for all methods: the
 forward pass (multiply by the adapted weight), the gradients (autograd), the merge (write it into the layer), and the

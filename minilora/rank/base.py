@@ -1,4 +1,4 @@
-"""What an update does to the weight it is added to: does it amplify directions of W, turn them, or bring new ones?
+"""An update against its base, the weight it is added to: does it amplify directions of W, turn them, or bring new ones?
 
 Amplification is section 7.3 of the LoRA paper (Hu et al. 2021, arXiv:2106.09685, its Table 7). Intruder dimensions are
 singular vectors of W + ΔW that resemble none of W (Shuttleworth et al. 2024, arXiv:2410.21228).
