@@ -79,7 +79,7 @@ def verdict_lines(report: dict[str, Any]) -> list[str]:
     """What was expected, and each claim with what was found: for every study's table."""
     return [f"expected: {report['expected']}",
             *(f"    {'as expected' if claim['agrees'] else 'NOT so here'}: {claim['claim']} ({claim['found']})"
-              for claim in report["verdict"]), f"    {report['seconds']:.0f} s"]
+              for claim in report["verdict"]), f"    {report['seconds']:.0f} s, beside what was stored before"]
 
 
 def cache_folder() -> Path:

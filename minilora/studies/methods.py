@@ -240,7 +240,7 @@ def verdict(report: dict[str, Any]) -> list[dict[str, Any]]:
         {"claim": "DoRA of a lower rank, at LoRA's number, ends below LoRA (2402.09353)"} | below("DoRA", "LoRA"),
         {"claim": "AdaLoRA ends below LoRA at the same final budget (2303.10512)"} | below("AdaLoRA", "LoRA"),
         {"claim": "MiLoRA forgets less than PiSSA (2406.09044)"} | below("MiLoRA", "PiSSA", "source_loss"),
-        {"claim": "VeRA is within 0.02 of LoRA (2310.11454)", "agrees": near <= 0.02,
+        {"claim": "VeRA is at most 0.02 behind LoRA (2310.11454)", "agrees": near <= 0.02,
          "found": f"{near:+.3f}, with {rows['VeRA']['trainable']:,} numbers against {lora['trainable']:,}"},
         {"claim": "bottleneck adapters close nine tenths of the gap to full fine-tuning (1902.00751)", "agrees": gap >= 0.9,
          "found": f"{gap:.0%}"},
@@ -261,7 +261,7 @@ def verdict(report: dict[str, Any]) -> list[dict[str, Any]]:
 def real_verdict(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same of the real model, if it was there."""
     accuracy = {row["method"]: row["accuracy_mean"] for row in rows}
-    claims = [("on the real model LoRA's accuracy is within 0.02 of full fine-tuning's (2106.09685)", FULL, -0.02),
+    claims = [("on the real model LoRA's accuracy is at most 0.02 below full fine-tuning's (2106.09685)", FULL, -0.02),
               ("on the real model prompt tuning stays 0.02 behind LoRA (2104.08691: in small models)", "prompt tuning", 0.02)]
     return [{"claim": claim, "agrees": accuracy["LoRA"] - accuracy[other] >= least,
              "found": f"LoRA {accuracy['LoRA']:.3f}, {other} {accuracy[other]:.3f}"}
