@@ -18,7 +18,7 @@ from . import bench, plots, tasks
 from .backend import DeviceError, current_device, set_device
 from .course import command
 from .lora.files import load_adapter
-from .pretrained import load_pretrained, reference, stream_text
+from .pretrained import reference, stream_text
 from .pretrained.analysis import analyze
 from .pretrained.edit import compose, resize
 from .pretrained.extract import extract
@@ -268,7 +268,7 @@ def _analyze(args: argparse.Namespace) -> None:
 
 def _generate(args: argparse.Namespace) -> None:
     _seed(args)
-    model, tokenizer = load_pretrained(args.model)
+    model, tokenizer = tasks.load_base(args.model, None if args.adapter is None else tasks.trained_on(args.adapter))
     if args.adapter is not None:
         load_adapter(model, args.adapter)
     for piece in stream_text(model, tokenizer, args.prompt, max_new_tokens=args.max_new_tokens, chat=args.chat,

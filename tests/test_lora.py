@@ -882,3 +882,14 @@ def test_the_current_device_does_not_decide_where_adapters_live(device):
         assert_array_equal(run(add(before, ["q_proj", "embed"])).shape, (B, T, V))
     finally:
         set_device(device)
+
+
+@pytest.mark.parametrize("targets, saved", [(["qkv_proj"], "q_proj"), (["v_proj"], "qkv_proj")])
+def test_rows_are_adapted_or_saved_whole_and_not_both(targets, saved):
+    """No file could hold both; rows that are not shared may do as they like."""
+    model = build("llama", n_kv_heads=1, n_heads=4)
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=f"modules_to_save: .*{saved} shares rows with a layer that is adapted"):
+        add_adapter(model, LoraConfig(r=2, target_modules=targets, modules_to_save=[saved]))
+    assert adapter_names(model) == [] and model.state_dict().keys() == before.keys()
+    add_adapter(model, LoraConfig(r=2, target_modules=["v_proj"], modules_to_save=["q_proj"]))

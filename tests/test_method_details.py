@@ -347,7 +347,7 @@ def test_the_budget_is_cubic_continuous_and_met_exactly():
         allocator.callback(step)
         seen.append(sum(int((a.lora_E.data != 0).sum()) for a in allocator.adapters.values()))
 
-    train(model, lambda i: (IDS, (IDS + 1) % 11), TrainConfig(steps=20, lr=1e-2, progress=False), loss=allocator.loss,
+    train(model, lambda i: (IDS, (IDS + 1) % 11), TrainConfig(steps=20, lr=1e-2, progress=False), penalty=allocator.penalty,
           callback=callback)
     for step, ranks in allocator.ranks:
         assert sum(ranks.values()) == allocator.budget(step) == seen[step - 1]
@@ -367,13 +367,15 @@ def test_adaloras_penalty_and_its_gradient(device, orth_reg):
     assert float(to_host(allocator.orthogonality().data)) == pytest.approx(expected, rel=1e-12)
     vectors = [p for a in allocator.adapters.values() for p in (a.lora_A, a.lora_B)]
     assert gradcheck(lambda *_: allocator.orthogonality(), vectors, directions=2, eps=1e-6)
-    assert gradcheck(lambda *_: allocator.loss(model, (IDS, IDS)), trained(model), directions=1, eps=1e-6)
+    assert gradcheck(lambda *_: model.loss(IDS, IDS) + allocator.penalty(), trained(model), directions=1, eps=1e-6)
 
 
 def test_adaloras_options_that_do_not_fit():
     for fields in {"target_r": 13}, {"total_step": None}, {"tinit": 10, "tfinal": 10}, {"orth_reg": "no"}, {"use_rslora": True}:
         with pytest.raises(ValueError):
             AdaLoraConfig(**{"total_step": 20} | fields)
+    with pytest.raises(ValueError, match="expected at least 2 updates before the final ones"):
+        RankAllocator(adalora(total_step=3, tinit=0, tfinal=2))
     with pytest.raises(ValueError, match="is not AdaLoRA"):
         model = build()
         add_adapter(model, LoraConfig(r=2))

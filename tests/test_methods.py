@@ -205,7 +205,7 @@ def test_a_new_adapter_is_the_base(device, name, dtype):
 @methods
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-5)])
 def test_merged_is_unmerged_and_the_base_is_untouched(device, name, dtype, tolerance):
-    for targets in TARGETS:
+    for targets in TARGETS[: 1 if device == "fake" else None]:
         model = build(dtype=dtype)
         base, state = run(model), model.state_dict()
         add(model, name, targets)
@@ -239,7 +239,9 @@ def test_training_moves_the_adapter_and_not_the_base(device, name):
     state = base_of(model)
     add_adapter(model, CASES[name].config(TARGETS[0]))
     start = {path: p.data.copy() for path, p in model.named_parameters(trainable=True)}
-    history = train(model, lambda i: (IDS, (IDS + 1) % V), TrainConfig(steps=30, lr=2e-2, schedule="constant", progress=False))
+    steps, lr = (16, 5e-2) if device == "fake" else (30, 2e-2)
+    config = TrainConfig(steps=steps, lr=lr, schedule="constant", progress=False)
+    history = train(model, lambda i: (IDS, (IDS + 1) % V), config)
     assert history.loss[-1] < history.loss[0] - 0.02
     assert all((to_host(p.data) != to_host(start[path])).any() for path, p in model.named_parameters(trainable=True))
     assert all(value.tobytes() == state[path].tobytes() for path, value in base_of(model).items())

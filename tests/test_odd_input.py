@@ -75,6 +75,15 @@ def test_a_long_text_is_a_text(tmp_path, ending):
     assert read_labelled(path)[0].text == long and csv.field_size_limit() == before
 
 
+def test_a_read_that_fails_leaves_the_library_as_it_was(tmp_path):
+    """Also while somebody still holds the error, and with it the reader's frames."""
+    path, before = tmp_path / "a.csv", csv.field_size_limit()
+    path.write_text("text,label\ngood,yes,no\n")
+    with pytest.raises(ValueError, match="got 3 fields") as held:
+        read_labelled(path)
+    assert csv.field_size_limit() == before and held.tb is not None
+
+
 def test_endings_may_be_in_capitals(tmp_path):
     (tmp_path / "A.CSV").write_text("text,label\ngood,yes\n")
     (tmp_path / "A.TSV").write_text('text\tlabel\n"good\tyes\n')

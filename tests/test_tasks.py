@@ -473,10 +473,33 @@ def test_a_base_of_4_bits(quantise, bert, reviews, tmp_path):
     ids = [word_tokenizer().encode("the film was good")]
     report.model.eval()
     np.testing.assert_array_equal(again(ids).data, report.model(ids).data)
-    with pytest.raises(ValueError, match="expected a GGUF file in Q4_0 or Q4_1"):
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f'bnb_4bit_quant_type="{quantise}"' in card and "Config\n\nbase" in card
+    dense = finetune(bert, reviews, "sentiment", steps=1, progress=False)
+    assert report.parameters == dense.parameters                           # numbers of few bits count as well
+    with pytest.raises(ValueError, match=r"expected a GGUF file in Q4_0 or Q4_1: take NF4, .* or --quantise nf4"):
         finetune(bert, reviews, "sentiment", quantise="blocks", progress=False)
     with pytest.raises(ValueError, match="quantise = 'int8': expected one of blocks, nf4, fp4"):
         finetune(bert, reviews, "sentiment", quantise="int8", progress=False)
+    path = tmp_path / "out" / "minilora.json"
+    for wrong in ("int8", [], {}):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantise": wrong}))
+        with pytest.raises(ValueError, match=r"minilora\.json: quantise = .*: fine-tune again"):
+            load(tmp_path / "out")
+
+
+def test_generate_takes_the_base_as_the_adapter_knows_it(llama, tmp_path, monkeypatch):
+    """Trained on a base of 4 bits, the adapter is used on such a base, by `generate` as by `predict`."""
+    (tmp_path / "text.txt").write_text("the film was good and the plot was long\n" * 20)
+    finetune(llama, tmp_path / "text.txt", "text", out=tmp_path / "out", quantise="nf4", steps=2, progress=False)
+    used = []
+    monkeypatch.setattr("minilora.cli.stream_text", lambda model, *args, **options: used.append(model) or ["words"])
+    assert main(["generate", str(llama), "--adapter", str(tmp_path / "out"), "--prompt", "the film"]) == 0
+    assert main(["generate", str(llama), "--prompt", "the film"]) == 0
+    adapted, plain = used
+    assert isinstance(adapted.layers[0].mlp.up_proj.weight, FourBit) and not isinstance(plain.embed.weight, FourBit)
+    ids = [byte_level().encode("the film")]
+    np.testing.assert_array_equal(adapted(ids).data, load(tmp_path / "out").model(ids).data)
 
 
 def test_limit_labels_and_an_evaluation_file(bert, reviews, tmp_path):

@@ -182,30 +182,37 @@ def _table(path: Path, *columns: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, column name -> cell) of every row below the first."""
     form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind(path) == ".tsv" else {"strict": True}
     text = read_text(path)
-    rows = csv.reader(io.StringIO(text, newline=""), **form)
-    names, line = list[str](), 1
+    names = list[str]()
+    for line, row in _rows(path, text, form):
+        if not "".join(row).strip() and len(row) < 2:
+            continue                                       # a blank line
+        if not names:
+            names = [name.strip() for name in row]
+            for column in columns:
+                if names.count(column) != 1:
+                    raise ValueError(f"{path}, line {line}: the columns are {', '.join(names)}, expected one called "
+                                     f"{column!r}: say which one has the texts and which the labels (--text-column, "
+                                     "--label-column)")
+        elif len(row) != len(names):
+            raise ValueError(f"{path}, line {line}: got {len(row)} fields, expected {len(names)} as in the first line: is "
+                             "a field with the separator in it not quoted?")
+        else:
+            yield line, dict(zip(names, row))
+
+
+def _rows(path: Path, text: str, form: dict[str, Any]) -> list[tuple[int, list[str]]]:
+    """(the line it starts on, its cells) of every row. All at once: the limit below is that of the whole process."""
+    reader, found, line = csv.reader(io.StringIO(text, newline=""), **form), list[tuple[int, list[str]]](), 1
     limit = csv.field_size_limit(max(len(text), 1))        # a text may be longer than the library's 131,072 characters
     try:
-        for row in rows:
-            start, line = line, rows.line_num + 1          # a row may go over several lines
-            if not "".join(row).strip() and len(row) < 2:
-                continue                                   # a blank line
-            if not names:
-                names = [name.strip() for name in row]
-                for column in columns:
-                    if names.count(column) != 1:
-                        raise ValueError(f"{path}, line {start}: the columns are {', '.join(names)}, expected one called "
-                                         f"{column!r}: say which one has the texts and which the labels (--text-column, "
-                                         "--label-column)")
-                continue
-            if len(row) != len(names):
-                raise ValueError(f"{path}, line {start}: got {len(row)} fields, expected {len(names)} as in the first line: is "
-                                 "a field with the separator in it not quoted?")
-            yield start, dict(zip(names, row))
+        for row in reader:
+            found.append((line, row))
+            line = reader.line_num + 1                     # a row may go over several lines
     except csv.Error as error:
         raise ValueError(f"{path}, line {line}: {error}, expected rows with quotes that close") from None
     finally:
         csv.field_size_limit(limit)
+    return found
 
 
 def _cell(row: dict[str, Any], key: str, path: Path, line: int) -> str:

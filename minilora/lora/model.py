@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,10 @@ def add_adapter(model: Transformer, config: TargetConfig, name: str = "default",
         if kind is None:
             raise ValueError(f"method {config.method!r} cannot adapt {path}, a {type(layer).__name__}")
         new.append((layer, kind(layer, config, names, rng)))
-    for _, names, layer in layers_to_save(model, config):
+    targeted: list[Any] = [layer for layer, _ in new]
+    for path, names, layer in layers_to_save(model, config):
+        if layer not in targeted and (_product(model, layer) in targeted or layer in [_product(model, t) for t in targeted]):
+            raise ValueError(f"modules_to_save: {path} shares rows with a layer that is adapted, expected one of the two")
         new.append((layer, METHODS["replace", Linear](layer, config, names, rng)))
     if config.method in BESIDE:
         new += BESIDE[config.method](model, config, [layer for layer, _ in new], rng).values()
@@ -169,8 +173,11 @@ def merge_and_unload(model: Transformer) -> Transformer:
 
 
 def count_parameters(model: Module) -> dict[str, Any]:
-    """{"trainable", "total", "share"}: how many numbers the model holds (adapters included), and how many of them train."""
+    """{"trainable", "total", "share"}: how many numbers the model holds (adapters included, and those of few bits), and how
+    many of them train."""
     sizes = [(p.size, p.requires_grad) for _, p in model.named_parameters()]
+    sizes += [(prod(m.weight.shape), False) for _, m in model.named_modules()
+              if isinstance(m, Linear) and not isinstance(m, PackedLinear) and not isinstance(m.weight, Tensor)]
     total, trainable = sum(s for s, _ in sizes), sum(s for s, t in sizes if t)
     return {"trainable": trainable, "total": total, "share": trainable / total}
 

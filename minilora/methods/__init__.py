@@ -5,6 +5,7 @@ from .adalora import AdaLoRA, AdaLoraConfig
 from .adalora_budget import RankAllocator
 from .bitfit import BitFit, BitFitConfig
 from .blocks import BlockWeight
+from .choosing_stacks import AdaLoRAStack, SoRAStack
 from .dora import DoRA
 from .dynamic_rank import DynamicRank
 from .eva import EVA, initialize_lora_eva_weights
@@ -32,10 +33,10 @@ from .vera import VeRA, VeraConfig
 from .vera_files import VeraFormat
 from .virtual_tokens import VirtualTokens
 
-__all__ = ["AdaLoRA", "AdaLoraConfig", "BitFit", "BitFitConfig", "BlockWeight", "DoRA", "DynamicRank", "EVA", "FourBit",
-           "FullConfig", "FullFineTuning", "GateProx", "GgmlBlocks", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config", "LoHa",
-           "LoHaConfig", "LoKr", "LoKrConfig", "LoRABias", "LoRABiasEmbedding", "LoRAFA", "LoRAFAStack", "LoRAFAdamW",
-           "LoraFAConfig", "MiLoRA", "OLoRA", "OwnBias", "PiSSA", "PrefixTuning", "PrefixTuningConfig", "PromptTuning",
-           "PromptTuningConfig", "RankAllocator", "ResidualStack", "Riemannian", "SHiRA", "ShiraConfig", "SoRA", "SoRAConfig",
-           "TensorTrainConfig", "TensorTrainLoRA", "VeRA", "VeraConfig", "VeraFormat", "VirtualTokens",
-           "initialize_lora_eva_weights", "loftq", "loraplus_groups", "quantise"]
+__all__ = ["AdaLoRA", "AdaLoraConfig", "AdaLoRAStack", "BitFit", "BitFitConfig", "BlockWeight", "DoRA", "DynamicRank", "EVA",
+           "FourBit", "FullConfig", "FullFineTuning", "GateProx", "GgmlBlocks", "Houlsby", "HoulsbyConfig", "IA3", "IA3Config",
+           "initialize_lora_eva_weights", "loftq", "LoHa", "LoHaConfig", "LoKr", "LoKrConfig", "LoRABias", "LoRABiasEmbedding",
+           "LoRAFA", "LoraFAConfig", "LoRAFAdamW", "LoRAFAStack", "loraplus_groups", "MiLoRA", "OLoRA", "OwnBias", "PiSSA",
+           "PrefixTuning", "PrefixTuningConfig", "PromptTuning", "PromptTuningConfig", "quantise", "RankAllocator",
+           "ResidualStack", "Riemannian", "SHiRA", "ShiraConfig", "SoRA", "SoRAConfig", "SoRAStack", "TensorTrainConfig",
+           "TensorTrainLoRA", "VeRA", "VeraConfig", "VeraFormat", "VirtualTokens"]

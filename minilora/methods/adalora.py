@@ -11,7 +11,8 @@ import numpy as np
 from ..autograd import Tensor, matmul
 from ..backend import to_device
 from ..lora import LoRA, LoraConfig, register
-from ..lora.peft_format import LACKING, PREFIX
+from ..lora.peft_format import PREFIX
+from ..lora.peft_options import LACKING
 from ..nn import Linear, Parameter
 from .files import FileFormat
 from .own_bias import without_biases

@@ -10,7 +10,6 @@ from ..autograd import Tensor, matmul, sqrt
 from ..backend import array_module, device_of, to_device, to_host
 from ..lora import adapters_of
 from ..nn import Transformer
-from ..training.loop import as_dict
 from .adalora import AdaLoRA
 
 
@@ -21,10 +20,13 @@ class TripletBudget:
     s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij), and the best b(t) of all keep their λ. Nothing is removed: a triplet that was
     switched off may return, since its vectors stay and its λ goes on training.
 
-    ranks: (update, {module: rank}) of every choice.
+    ranks: (update, {module: rank}) of every choice. Raises ValueError if the last choice would come before any score.
     """
 
     def __init__(self, adapters: dict[str, Any], config: Any) -> None:
+        if config.total_step - config.tfinal < 2:
+            raise ValueError(f"total_step = {config.total_step} with tfinal = {config.tfinal}, expected at least 2 updates "
+                             "before the final ones: the first gives the scores for the last choice")
         self.adapters, self.config = adapters, config
         self.averages: dict[tuple[str, str], tuple[Any, Any]] = {}         # (module, parameter) -> Ī, Ū
         self.masks: dict[str, Any] = {}                    # module -> (r, 1), 1 where a triplet is on
@@ -94,7 +96,7 @@ class RankAllocator(TripletBudget):
     """Cuts the budget of an AdaLoRA adapter during training.
 
         allocator = RankAllocator(model)
-        train(model, batches, TrainConfig(...), loss=allocator.loss, callback=allocator.callback)
+        train(model, batches, TrainConfig(...), penalty=allocator.penalty, callback=allocator.callback)
 
     Raises ValueError if the adapter is not AdaLoRA.
     """
@@ -105,11 +107,9 @@ class RankAllocator(TripletBudget):
             raise ValueError(f"RankAllocator: adapter {name!r} is not AdaLoRA; add_adapter(model, AdaLoraConfig(...)) first")
         super().__init__(adapters, model.adapter_configs[name])
 
-    def loss(self, model: Transformer, batch: Any) -> Tensor:
-        """The model's mean cross-entropy plus γ R."""
-        inputs = dict(as_dict(batch))
-        loss = model.loss(inputs.pop("ids"), inputs.pop("targets"), **inputs)
-        return loss + self.orthogonality() * float(self.config.orth_reg_weight)
+    def penalty(self, model: Any = None) -> Tensor:
+        """γ R, for `train` to add to each loss."""
+        return self.orthogonality() * float(self.config.orth_reg_weight)
 
     def callback(self, step: int, model: Any = None, history: Any = None) -> None:
         """For `train`."""

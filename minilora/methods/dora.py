@@ -10,7 +10,7 @@ from ..autograd import Tensor, dropout, linear, lora_linear, no_grad, sqrt
 from ..backend import device_of
 from ..lora import LoRA, LoraConfig, register
 from ..lora.layer import dense
-from ..lora.peft_format import LACKING
+from ..lora.peft_options import LACKING
 from ..nn import Linear, Parameter
 from .files import FileFormat
 

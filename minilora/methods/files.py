@@ -20,7 +20,8 @@ from ..lora import METHODS, Adapter, adapters_of, add_adapter
 from ..lora.config import by_pattern, find_targets, module_names
 from ..lora.files import LOADERS, SAVERS, TASKS, shortest, wanted_modules
 from ..lora.layer import BESIDE
-from ..lora.peft_format import CONFIG, NEUTRAL, PREFIX, WEIGHTS, by_module, existing, read_safetensors, write_folder
+from ..lora.peft_format import CONFIG, PREFIX, WEIGHTS, by_module, existing, read_safetensors, write_folder
+from ..lora.peft_options import NEUTRAL
 from ..nn import Embedding, Linear, Transformer
 from ..nn.names import file_names, stored_transposed
 

@@ -25,7 +25,8 @@ class GgmlBlocks(BlockWeight):
 
     def __init__(self, raw: Array, kind: str, dtype: Any = "float32") -> None:
         if kind not in HEADERS:
-            raise ValueError(f"blocks of type {kind}, expected one of {', '.join(HEADERS)}: load it dense and quantise it")
+            raise ValueError(f"blocks of type {kind}, expected one of {', '.join(HEADERS)}: load it dense and take NF4, by "
+                             "quantise(model) or --quantise nf4")
         self.kind, self.compute_dtype, head = kind, np.dtype(dtype), 2 * HEADERS[kind]
         self.shape = len(raw), raw.shape[1] // (head + 16) * 32
         blocks, xp = raw.reshape(-1, head + 16), array_module(raw)

@@ -14,7 +14,8 @@ import numpy as np
 from ..autograd import Tensor, dropout, linear, lora_linear
 from ..backend import to_device, to_host
 from ..lora import LoRA, LoraConfig, LoRAEmbedding, register
-from ..lora.peft_format import OPTIONS, read_config
+from ..lora.peft_format import read_config
+from ..lora.peft_options import OPTIONS
 from ..nn import Embedding, Linear, Parameter
 from .files import FileFormat
 from .own_bias import own_bias

@@ -1,21 +1,19 @@
-"""Relatives of LoRA side by side in a sweep: every method whose update is s·B@A. Importing this makes `sweep` take them."""
+"""Relatives of LoRA side by side in a sweep, their updates being products. Importing this makes `sweep` take them.
+
+(Those that choose their ranks while they train are in choosing_stacks.py.)
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Self
 
-import numpy as np
-
-from ..autograd import Tensor, concatenate, stack
-from ..backend import device_of, to_device
+from ..autograd import Tensor, concatenate
+from ..backend import device_of
 from ..nn import Parameter
-from ..training.stacks import STACKS, Companion, LoRAStack, Stack, product_added, side_by_side
-from .adalora import AdaLoRA
-from .adalora_budget import TripletBudget
+from ..training.stacks import STACKS, LoRAStack, ProductStack, side_by_side
 from .lora_fa import LoRAFA
 from .residual import MiLoRA, OLoRA, PiSSA
-from .sora import SoRA, soft_threshold
 from .tensor_train import TensorTrainLoRA, chains
 from .vera import VeRA
 
@@ -44,69 +42,7 @@ class LoRAFAStack(LoRAStack):
         return self
 
 
-class Gates(Companion):
-    """The proximal step of K SoRA adapters, each with its own rate and λ."""
-
-    def __init__(self, stacks: dict[str, Any], configs: Sequence[Any]) -> None:
-        self.gates = [each.gate.data for each in stacks.values() if isinstance(each, SoRAStack)]
-        self.weights = np.array([config.sparse_lambda for config in configs])
-
-    def after(self, step: int, lrs: np.ndarray) -> None:
-        for g in self.gates:
-            xi = to_device((lrs * self.weights).astype(g.dtype)[:, None], device_of(g).name)
-            g[...] = soft_threshold(g, xi)
-
-
-class SoRAStack(LoRAStack):
-    """K adapters with gates (K, r_max)."""
-
-    gate: Parameter
-    companion = Gates
-
-    def factors(self) -> tuple[Any, Any, Any]:
-        return self.lora_A * self.gate.reshape(*self.gate.shape, 1), self.lora_B, self.scales
-
-
-class Budgets(Companion):
-    """A `TripletBudget` for each of K AdaLoRA adapters."""
-
-    def __init__(self, stacks: dict[str, Any], configs: Sequence[Any]) -> None:
-        mine = {path: each for path, each in stacks.items() if isinstance(each, AdaLoRAStack)}
-        self.budgets = [TripletBudget({path: _Own(each, k) for path, each in mine.items()}, config)
-                        for k, config in enumerate(configs)]
-
-    def penalty(self) -> Tensor:                           # () -> (K,)
-        return stack([each.orthogonality() * float(each.config.orth_reg_weight) for each in self.budgets])
-
-    def after(self, step: int, lrs: np.ndarray) -> None:
-        for each in self.budgets:
-            each.after(step)
-
-
-class _Own:
-    """Adapter k of a stack: its parameters are views of the stack's, with their gradients."""
-
-    def __init__(self, whole: Stack, k: int) -> None:
-        self.whole, self.k = whole, k
-
-    def __getattr__(self, name: str) -> Tensor:
-        p, part = getattr(self.whole, name), (self.k, *map(slice, self.whole.shapes[self.k][name]))
-        own = p[part]
-        own.grad = None if p.grad is None else p.grad[part]
-        return own
-
-
-class AdaLoRAStack(LoRAStack):
-    """K adapters with λ (K, r_max, 1)."""
-
-    lora_E: Parameter
-    companion = Budgets
-
-    def factors(self) -> tuple[Any, Any, Any]:
-        return self.lora_A * self.lora_E, self.lora_B, self.scales
-
-
-class VeRAStack(Stack):
+class VeRAStack(ProductStack):
     """K adapters with b (K, out) and d (K, r_max), and the frozen A (K, r_max, in) and B (K, out, r_max) of each."""
 
     vera_lambda_b: Parameter
@@ -118,35 +54,25 @@ class VeRAStack(Stack):
         widths = adapters[0].d_in, self.vera_lambda_b.shape[1]
         A, B = (side_by_side([a.projection.part(i, n, dtype, device) for a in adapters]) for i, n in enumerate(widths))
         self.A, self.B = A.swapaxes(1, 2), B               # parts are (in, r) and (out, r)
-        self.scales = to_device(np.array([a.gain * a.strength for a in adapters], dtype), device)
+        self.set_scales([a.gain for a in adapters])
 
     def factors(self) -> tuple[Any, Any, Any]:
         b, d = self.vera_lambda_b, self.vera_lambda_d
         return d.reshape(*d.shape, 1) * self.A, b.reshape(*b.shape, 1) * self.B, self.scales
 
-    def adapted_weight(self, W: Tensor) -> Tensor:         # (out, in) -> (K, out, in)
-        return product_added(W, self.factors())
 
-
-class TensorTrainStack(Stack):
+class TensorTrainStack(ProductStack):
     """K adapters with cores (K, r_max, n_i, r_max), of one order."""
 
-    out0: Parameter
-
     def __init__(self, adapters: Sequence[Any]) -> None:
-        if len({a.order for a in adapters}) > 1:
-            raise ValueError(f"sweep: orders {sorted({a.order for a in adapters})}: expected one number of cores in all cells")
         super().__init__(adapters)
-        self.order, dtype = adapters[0].order, self.out0.dtype
-        self.scales = to_device(np.array([a.base_scale * a.strength for a in adapters], dtype), device_of(self.out0.data).name)
+        self.order = adapters[0].order
+        self.set_scales([a.base_scale for a in adapters])
 
     def factors(self) -> tuple[Any, Any, Any]:
         B, A = chains(self, self.order)
         return A, B, self.scales
 
-    def adapted_weight(self, W: Tensor) -> Tensor:         # (out, in) -> (K, out, in)
-        return product_added(W, self.factors())
 
-
-STACKS.update({PiSSA: ResidualStack, MiLoRA: ResidualStack, OLoRA: ResidualStack, LoRAFA: LoRAFAStack, SoRA: SoRAStack,
-               AdaLoRA: AdaLoRAStack, VeRA: VeRAStack, TensorTrainLoRA: TensorTrainStack})
+STACKS.update({PiSSA: ResidualStack, MiLoRA: ResidualStack, OLoRA: ResidualStack, LoRAFA: LoRAFAStack, VeRA: VeRAStack,
+               TensorTrainLoRA: TensorTrainStack})

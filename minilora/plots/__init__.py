@@ -21,11 +21,11 @@ from .family import against_numbers, chosen_ranks, methods, quantisation, spread
 from .grids import amplification, capacity, init, rank_lr, real_model, spectrum, subspaces, which_matrices
 from .studies import bench, planted_linear, planted_transformer, rank_quality, ratio_bars, text_ranks
 from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, STYLE, png, rank_axis, save
-from .tasks import answers, loss_curves, smoothed, twins
+from .tasks import answers, file_tools, loss_curves, smoothed, twins
 
 __all__ = ["BLACK", "BLUE", "GREEN", "GREY", "ORANGE", "PINK", "STYLE", "adapter_map", "against_numbers", "amplification",
-           "amplification_bars", "answers", "bench", "capacity", "chosen_ranks", "init", "intruder_curves", "loss_curves",
-           "merge_errors", "methods", "module_map", "over_training", "planted_linear", "planted_transformer", "png",
-           "principal_angles", "quantisation", "rank_axis", "rank_lr", "rank_quality", "ratio_bars", "real_model", "save",
-           "similarity", "similarity_lines", "similarity_map", "smoothed", "spectra", "spectrum", "spread", "subspaces",
+           "amplification_bars", "answers", "bench", "capacity", "chosen_ranks", "file_tools", "init", "intruder_curves",
+           "loss_curves", "merge_errors", "methods", "module_map", "over_training", "planted_linear", "planted_transformer",
+           "png", "principal_angles", "quantisation", "rank_axis", "rank_lr", "rank_quality", "ratio_bars", "real_model",
+           "save", "similarity", "similarity_lines", "similarity_map", "smoothed", "spectra", "spectrum", "spread", "subspaces",
            "text_ranks", "twins", "which_matrices"]

@@ -81,3 +81,24 @@ def answers(data: dict[str, Any]) -> Figure:
         right.set_title("b   answers in the form of the pairs", loc="left")
         figure.suptitle("SmolLM2-135M with LoRA: answer in JSON", fontsize=16, fontweight="bold")
     return figure
+
+
+def file_tools(data: dict[str, Any]) -> Figure:
+    """The time and the memory of each tool on files, with the limits of the study's claims."""
+    rows = data["rows"]
+    names = [f"{row['tool']}\n({'7B-shaped adapter' if row['on'] == 'adapter' else row['on']})" for row in rows]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(13, 0.75 * len(rows) + 1.6), layout="constrained", sharey=True)
+        for ax, key, unit, letter in zip(axes, ("seconds", "peak_mb"), ("seconds", "peak memory, MB"), "ab"):
+            values = [row[key] for row in rows]
+            theirs = ["transformers" in row["tool"] for row in rows]
+            bars = ax.barh(range(len(rows)), values, color=[ORANGE if other else BLUE for other in theirs],
+                           hatch=["//" if other else "" for other in theirs], edgecolor="white")
+            ax.bar_label(bars, [f"{value:,.1f}" if key == "seconds" else f"{value:,.0f}" for value in values], padding=4)
+            ax.set_xlim(0, 1.15 * max(values))
+            ax.set_xlabel(unit)
+            ax.set_title(f"{letter}   {unit}", loc="left")
+            ax.grid(False, axis="y")
+        axes[0].set_yticks(range(len(rows)), names)
+        axes[0].invert_yaxis()
+    return figure

@@ -52,8 +52,8 @@ def load_pretrained(source: str | os.PathLike[str], *, head: str | None = None, 
         model = build(gguf.config(**options), gguf, where, dtype, seed, fresh=n_labels is not None, quantised=quantised)
         return model, gguf_tokenizer(gguf.metadata, where, model.cfg.vocab_size)
     if quantised:
-        raise ValueError(f"quantised = True for {where}, expected a GGUF file in Q4_0 or Q4_1: load it without, then "
-                         "quantise(model)")
+        raise ValueError(f"{where} has no blocks of 4 bits to keep, expected a GGUF file in Q4_0 or Q4_1: take NF4, by "
+                         "quantise(model) after loading, or --quantise nf4")
     found = read_json(where / "config.json")
     cfg = from_hf(found, where / "config.json", **options)                         # type: ignore[arg-type]
     tokenizer = read_tokenizer(where, found, cfg.vocab_size)

@@ -5,6 +5,7 @@ from . import (
     capacity,
     chosen_ranks,
     entities,
+    file_tools,
     init,
     methods,
     quantisation,
@@ -25,6 +26,7 @@ STUDIES = {
     "real-model": real_model, "methods": methods, "chosen-ranks": chosen_ranks,
     "quantisation": quantisation,
     "sentiment": sentiment, "entities": entities, "style": style,
+    "file-tools": file_tools,
 }
 
 __all__ = ["STUDIES", "Options"]

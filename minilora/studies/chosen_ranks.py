@@ -108,7 +108,7 @@ def chooser(method: str, model: Any, steps: int, lr: float) -> tuple[dict[str, A
     """(what `train` needs for the method, a function for the ranks of now; {} before the first choice)."""
     if method == "AdaLoRA":
         allocator = RankAllocator(model)
-        return ({"loss": allocator.loss, "callback": allocator.callback},
+        return ({"penalty": allocator.penalty, "callback": allocator.callback},
                 lambda: dict(allocator.ranks[-1][1]) if allocator.ranks else {})
     if method == "SoRA":
         gates = GateProx(model)

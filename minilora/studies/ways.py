@@ -155,7 +155,7 @@ def fit(model: Transformer, name: str, batches: Any, config: TrainConfig, callba
         options["optimizer"] = AdamW(loraplus_groups(model, config.lr, RATIO), config.lr, weight_decay=config.weight_decay)
     elif name == "AdaLoRA":
         allocator = RankAllocator(model)
-        options["loss"] = allocator.loss
+        options["penalty"] = allocator.penalty
         after.append(allocator.callback)
     elif name == "SoRA":
         after.append(GateProx(model).callback)

@@ -15,7 +15,7 @@ from ..nn import Transformer, generate
 from ..pretrained import Tokenizer
 from ..pretrained.text import new_tokens
 from . import metrics
-from .base import load_base
+from .base import load_base, trained_on
 from .encode import Encoder, Row
 from .folder import FACTS, read_object
 from .presets import TASKS
@@ -105,7 +105,7 @@ def load(directory: str | os.PathLike[str], base: str | os.PathLike[str] | None 
             len(set(map(str, labels.values()))) != len(labels)):
         raise ValueError(f"{path} lacks the task, the base, the longest length or the labels: fine-tune again")
     names = [str(labels[str(i)]) for i in range(len(labels))]
-    model, tokenizer = load_base(base or facts["base"], facts.get("quantise"), head=TASKS[facts["task"]].head,
+    model, tokenizer = load_base(base or facts["base"], trained_on(directory), head=TASKS[facts["task"]].head,
                                  n_labels=len(names) or None, dropout=0.0)
     load_adapter(model, directory)
     return Predictor(model, tokenizer, facts["task"], names, length, facts.get("chat", True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..nn import Transformer
@@ -69,13 +70,18 @@ class FinetuneReport:
                      f"{' (of one plain text its end)' if facts['task'] == 'text' else ''}")
         labels = facts["labels"]
         options = "" if labels is None else f", num_labels={len(labels)}, id2label={dict(enumerate(labels))!r}"
+        place, bits = Path(base), settings["quantise"]
+        if bits in ("nf4", "fp4"):
+            options += (", quantization_config=BitsAndBytesConfig(\n        load_in_4bit=True, bnb_4bit_quant_type="
+                        f'"{bits}", bnb_4bit_use_double_quant=True)')
+        options = f'"{place.parent}", gguf_file="{place.name}"{options}' if place.suffix == ".gguf" else f'"{base}"{options}'
         return CARD.format(
             base=base, task=facts["task"], data=facts["data"]["name"], digest=facts["data"]["sha256"], evaluated=evaluated,
             train=facts["examples"]["train"], held=facts["examples"]["held_out"], auto=kind.auto, options=options,
             metrics="\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * 3, *rows[1:]]),
             settings="\n".join(f"| {name} | {value} |" for name, value in shown.items()),
             updates=len(self.history.loss), trainable=self.parameters["trainable"], share=self.parameters["share"],
-            use=USE[facts["task"]])
+            use=USE[facts["task"]], more=", BitsAndBytesConfig" if bits in ("nf4", "fp4") else "")
 
 
 CARD = """---
@@ -106,10 +112,10 @@ In PEFT:
 
 ```python
 from peft import PeftModel
-from transformers import {auto}
+from transformers import {auto}{more}
 
 base = {auto}.from_pretrained(
-    "{base}"{options})
+    {options})
 model = PeftModel.from_pretrained(base, "THIS_FOLDER")
 ```
 

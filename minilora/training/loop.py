@@ -6,6 +6,7 @@ the host together, every `log_every` steps.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,17 +106,18 @@ class History:
 
 
 def train(model: Module, batches: Batches, config: TrainConfig, *, loss: Callable[[Any, Batch], Tensor] | None = None,
-          evaluate: Callable[[Any], float] | Iterable[Batch] | None = None, optimizer: Any = None,
-          callback: Callable[[int, Any, History], Any] | None = None) -> History:
+          penalty: Callable[[Any], Tensor] | None = None, evaluate: Callable[[Any], float] | Iterable[Batch] | None = None,
+          optimizer: Any = None, callback: Callable[[int, Any, History], Any] | None = None) -> History:
     """Train the parameters of `model` that require a gradient, in place.
 
     batches: an iterable of batches, or a function batches(i) of the number i = 0, 1, … of the batch (what a repeatable run
     wants). A batch is (ids, targets), or a dict of "ids", "targets" and further arguments of the model ("attention_mask",
     "token_type_ids"): host integers. loss(model, batch) -> () replaces the mean cross-entropy; with `accumulate` its values
-    are then averaged with equal weights. evaluate: a list of batches (their mean loss), or a function of the model, where
-    lower is better; it runs in evaluation mode, without gradients. optimizer: in place of AdamW, anything with
-    step(factor), zero_grad(), state_dict() and load_state_dict(); its own rates count, not config.lr. callback(step, model,
-    history) comes after each update, gradients still in place; history.loss is filled only every log_every updates.
+    are then averaged with equal weights. penalty(model) -> () is added to the loss of every update, and to no evaluation.
+    evaluate: a list of batches (their mean loss), or a function of the model, where lower is better; it runs in evaluation
+    mode, without gradients. optimizer: in place of AdamW, anything with step(factor), zero_grad(), state_dict() and
+    load_state_dict(); its own rates count, not config.lr. callback(step, model, history) comes after each update, gradients
+    still in place; history.loss is filled only every log_every updates.
 
     The model is left in the mode it was in. A run that was cut off and goes on from its checkpoint equals the uncut one bit
     for bit on NumPy, if the batches are repeatable: an iterable is read again from its start, and what was used is skipped.
@@ -123,7 +125,7 @@ def train(model: Module, batches: Batches, config: TrainConfig, *, loss: Callabl
     Raises ValueError if nothing trains, adapters are merged, batches run out, or the checkpoint is another run's;
     FloatingPointError, naming the step, if the loss is not finite; MemoryError, saying what to change, if memory runs out.
     """
-    run = _Run(model, config, loss, evaluate, optimizer)
+    run = _Run(model, config, loss, penalty, evaluate, optimizer)
     run.resume()
     source = batch_source(batches, run.step * config.accumulate, config.steps * config.accumulate)
     bar = tqdm(total=config.steps, initial=run.step, leave=False, disable=None if config.progress else True, unit="step")
@@ -144,8 +146,8 @@ def train(model: Module, batches: Batches, config: TrainConfig, *, loss: Callabl
 class _Run:
     """The state of one call of `train`: what a checkpoint holds, and what is done after an update."""
 
-    def __init__(self, model: Any, config: TrainConfig, loss: Any, evaluate: Any, optimizer: Any) -> None:
-        self.model, self.config, self.loss = model, config, loss
+    def __init__(self, model: Any, config: TrainConfig, loss: Any, penalty: Any, evaluate: Any, optimizer: Any) -> None:
+        self.model, self.config, self.loss, self.penalty = model, config, loss, penalty
         self.evaluate = evaluate if evaluate is None or callable(evaluate) else eval_batches(evaluate)
         if config.patience is not None and evaluate is None:
             raise ValueError(f"TrainConfig.patience = {config.patience}, but evaluate is None: give batches or a function")
@@ -166,11 +168,13 @@ class _Run:
     def advance(self, window: list[Batch]) -> None:
         """One update from the batches of a window. Nothing here waits for the device."""
         config, factor = self.config, self.config.factor(self.step)
+        losses: Iterable[Tensor]
         if self.loss is None:
             shares = target_shares(window, config.ignore_index)[:, 0].tolist()
             losses = (model_loss(self.model, batch, config) * share for batch, share in zip(window, shares))
         else:
             losses = (self.loss(self.model, batch) * (1.0 / len(window)) for batch in window)
+        losses = itertools.chain(losses, (added(self.model) for added in (self.penalty,) if added is not None))
         self.pending.append(update(losses, self.params.values(), self.optimizer, config.clip, factor))
         groups = getattr(self.optimizer, "groups", None)
         self.history.lr.append((groups[0]["lr"] if groups else config.lr) * factor)

@@ -48,22 +48,34 @@ class Companion:
         """Called after update number `step` (from 1), with its gradients still in place."""
 
 
-class LoRAStack(Stack):
-    """K LoRA adapters on one layer: A (K, r_max, in), B (K, out, r_max), scales (K,). W'_k = W + s_k B_k A_k."""
+class ProductStack(Stack):
+    """K adapters whose updates are products: W'_k = W + s_k B_k A_k with factors A (K, r_max, in) and B (K, out, r_max)."""
+
+    def set_scales(self, scales: Sequence[float]) -> None:
+        """s of each adapter, for the last element of `factors`."""
+        p = next(p for _, p in self.named_parameters())
+        self.scales = to_device(np.array(scales, p.dtype), device_of(p.data).name)             # (K,)
+
+    def adapted_weight(self, W: Tensor) -> Tensor:                 # (out, in) -> (K, out, in)
+        A, B, scales = self.factors()
+        return W + matmul(B * scales[:, None, None], A)
+
+    def factors(self) -> tuple[Any, Any, Array]:
+        raise TypeError(f"{type(self).__name__} defines no factors")
+
+
+class LoRAStack(ProductStack):
+    """K LoRA adapters on one layer."""
 
     lora_A: Parameter
     lora_B: Parameter
 
     def __init__(self, adapters: Sequence[LoRA]) -> None:
         super().__init__(adapters)
-        scales = np.array([a.scale for a in adapters], self.lora_A.dtype)
-        self.scales = to_device(scales, device_of(self.lora_A.data).name)
+        self.set_scales([a.scale for a in adapters])
 
     def factors(self) -> tuple[Any, Any, Array]:
         return self.lora_A, self.lora_B, self.scales
-
-    def adapted_weight(self, W: Tensor) -> Tensor:                 # (out, in) -> (K, out, in)
-        return product_added(W, self.factors())
 
 
 class ReplacementStack(Stack):
@@ -94,9 +106,3 @@ def side_by_side(arrays: Sequence[Array]) -> Array:                # K arrays ->
     for own, array in zip(whole, arrays):
         own[tuple(map(slice, array.shape))] = to_host(array)
     return to_device(whole, device_of(arrays[0]).name)
-
-
-def product_added(W: Tensor, factors: tuple[Any, Any, Array]) -> Tensor:       # (out, in) -> (K, out, in)
-    """W + s_k B_k A_k for all k."""
-    A, B, scales = factors
-    return W + matmul(B * scales[:, None, None], A)

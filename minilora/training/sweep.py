@@ -1,15 +1,16 @@
 """A sweep is one run: K adapters of several ranks, seeds and learning rates train side by side on one frozen base.
 
-Their factors lie along a leading axis: A (K, r_max, in), B (K, out, r_max). Rows of A and columns of B beyond an adapter's
-rank are zero, get zero gradients (each is a product with the other's zeros), and so stay zero. The batch is K groups of
-rows, the loss is (K,), and the gradient of its sum is, for each adapter, exactly the one it would get alone. So are its
-start, its batches, its learning rate, its clipping and its optimiser's state. The cost is K times the arithmetic, but one
-set of launches and one Python loop.
+Their parameters lie along a leading axis (stacks.py): LoRA's are A (K, r_max, in) and B (K, out, r_max). Rows of A and columns
+of B beyond an adapter's rank are zero, get zero gradients (each is a product with the other's zeros), and so stay zero. The
+batch is K groups of rows, the loss is (K,), and the gradient of its sum is, for each adapter, exactly the one it would get
+alone. So are its start, its batches, its learning rate, its clipping and its optimiser's state. The cost is K times the
+arithmetic, but one set of launches and one Python loop.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,9 +21,9 @@ from tqdm.std import tqdm
 
 from ..autograd import Tensor, no_grad
 from ..backend import Array, array_module, device_of, enough_memory, to_device, to_host
-from ..lora import Adapter, LoRA, TargetConfig, adapters_of, add_adapter, delete_adapter, set_adapter
+from ..lora import Adapter, Replacement, TargetConfig, adapters_of, add_adapter, delete_adapter, set_adapter
 from ..lora.model import adaptations
-from ..nn import Dropout, Transformer
+from ..nn import Dropout, Linear, Transformer
 from .loop import (
     Batch,
     TrainConfig,
@@ -71,9 +72,9 @@ class TrainedAdapter:
 class SweepResult:
     """What a sweep found, for K cells in the order configs × seeds × lrs (the last changes fastest).
 
-    losses (steps, K); evals [(updates done, mean losses (K,))]; rows: one dict a cell, with "cell", "rank", "alpha",
-    "use_rslora", "seed", "lr", "parameters" (how many it trains), "train_loss" (of the last update), "diverged" (a loss that
-    is not finite), and "eval_loss" (the last) if the sweep evaluates.
+    losses (steps, K), with the penalty of a method that has one; evals [(updates done, mean losses (K,))], without it; rows:
+    one dict a cell, with "cell", "rank", "alpha", "use_rslora", "seed", "lr", "parameters" (how many it trains), "train_loss"
+    (of the last update), "diverged" (a loss that is not finite), and "eval_loss" (the last) if the sweep evaluates.
     """
 
     losses: np.ndarray
@@ -123,7 +124,7 @@ def sweep(model: Transformer, task: Task, configs: Sequence[TargetConfig], *, se
     device = device_of(model.embed.weight.data).name
     with enough_memory(device), plain_base(model), np.errstate(all="ignore"):
         adapters = [_drawn(model, cell) for cell in cells]
-        _check_stackable(adapters)
+        _check_stackable(adapters, dict(model.named_modules()))
         sizes = [_size(own, trainable=True) for own in adapters]
         order = sorted(range(len(cells)), key=lambda k: _size(adapters[k]))    # chunks of similar rank: little is padding
         if chunk is None:
@@ -191,11 +192,17 @@ def _train_chunk(model: Transformer, task: Task, cells: list[Cell], adapters: li
     """Train some cells side by side. No step waits for the device: the losses come to the host every log_every steps."""
     K = len(cells)
     stacks = _put_on(model, cells[0], adapters)
-    faster = [p for stack in stacks.values() for name, p in stack.named_parameters(trainable=True) if name == "lora_B"]
-    others = [p for stack in stacks.values() for name, p in stack.named_parameters(trainable=True) if name != "lora_B"]
-    params, lrs = others + faster, np.array([cell.lr for cell in cells])
-    groups = [{"params": own, "lr": rates} for own, rates in ((others, lrs), (faster, lrs * ratio)) if own]
-    optimizer = AdamW(groups, lrs, config.betas, config.eps, config.weight_decay)
+    trained = [(name, p) for stack in stacks.values() for name, p in stack.named_parameters(trainable=True)]
+    if ratio != 1.0 and {name for name, _ in trained} - {"lora_A", "lora_B", "weight", "bias"}:
+        raise ValueError(f"sweep: loraplus_lr_ratio = {ratio} with parameters besides A and B, expected LoRA: leave it at 1")
+    params, lrs = [p for _, p in trained], np.array([cell.lr for cell in cells])
+    decay = config.weight_decay
+    groups: list[dict[str, Any]] = [{"params": params, "lr": lrs, "weight_decay": decay}]
+    if ratio != 1.0:                                               # LoRA+: biases are in the group of B, without decay
+        sides = (("lora_A", "weight"), 1.0, decay), (("lora_B",), ratio, decay), (("bias",), ratio, 0.0)
+        groups = [{"params": own, "lr": lrs * times, "weight_decay": share} for names, times, share in sides
+                  if (own := [p for name, p in trained if name in names])]
+    optimizer = AdamW(groups, lrs, config.betas, config.eps, decay)
     device, dtype = device_of(params[0].data).name, params[0].dtype
     makers, own_configs = dict.fromkeys(stack.companion for stack in stacks.values()), [cell.config for cell in cells]
     beside = [make(stacks, own_configs) for make in makers if make is not None]
@@ -283,8 +290,11 @@ def bytes_per_cell(model: Any, adapters: dict[str, Adapter], batch: dict[str, np
     activations = n * (cfg.n_layers * (12 * cfg.d_model + 4 * cfg.d_ff) + 3 * V) + 4 * B * cfg.n_heads * T * T
     evaluation = max((np.size(as_dict(b)["ids"]) * (3 * V + 4 * cfg.d_ff) for b in evaluate), default=0)
     modules: dict[str, Any] = dict(model.named_modules())
-    weights = sum(2 * modules[path].weight.size for path in adapters)
-    return model.embed.weight.dtype.itemsize * (max(activations, evaluation) + weights + 5 * _size(adapters))
+    weights = sum(2 * math.prod(modules[path].weight.shape) for path in adapters)
+    # Factors that are no parameters (VeRA's) are made anew in every step, each from a frozen matrix, with a gradient.
+    made = sum(3 * math.prod(t.shape) for adapter in adapters.values() for t in (adapter.factors() or ())[:2]
+               if all(t is not p for _, p in adapter.named_parameters()))
+    return model.embed.weight.dtype.itemsize * (max(activations, evaluation) + weights + made + 5 * _size(adapters))
 
 
 def _size(adapters: dict[str, Adapter], trainable: bool | None = None) -> int:
@@ -311,7 +321,7 @@ def _check(model: Transformer, cells: list[Cell], train: TrainConfig, chunk: int
         raise ValueError("sweep while adapters are merged: unmerge_adapter(model) first")
 
 
-def _check_stackable(adapters: list[dict[str, Adapter]]) -> None:
+def _check_stackable(adapters: list[dict[str, Adapter]], layers: dict[str, Any]) -> None:
     """One set of modules for all cells, and on them only what can lie along an axis K."""
     paths = adapters[0].keys()
     for k, own in enumerate(adapters):
@@ -320,10 +330,13 @@ def _check_stackable(adapters: list[dict[str, Adapter]]) -> None:
             raise ValueError(f"sweep: cell {k} differs from cell 0 in whether it adapts {odd}: one sweep has one set of "
                              "target_modules; run one sweep for each set")
         for path, adapter in own.items():
-            if type(adapter) not in STACKS or (type(adapter) is LoRA and adapter.factors()[0] is not adapter.lora_A):
+            if type(adapter) not in STACKS or (isinstance(adapter, Replacement) and not isinstance(layers[path], Linear)):
                 raise ValueError(f"sweep: {path} has a {type(adapter).__name__}, which cannot be stacked: "
                                  f"expected one of {', '.join(sorted(kind.__name__ for kind in STACKS))} on linear layers; "
                                  "train the others one by one")
             if stack_for([adapters[0][path], adapter]) is None:
                 raise ValueError(f"sweep: cell {k} has a {type(adapter).__name__} on {path} where cell 0 has a "
                                  f"{type(adapters[0][path]).__name__}: run one sweep for each method")
+            if dict(adapter.named_parameters()).keys() != dict(adapters[0][path].named_parameters()).keys():
+                raise ValueError(f"sweep: cell {k} has other parameters on {path} than cell 0: run one sweep for each order of "
+                                 "tensor trains")

@@ -26,7 +26,7 @@ from parity_twins import (
 
 from minilora.lora import LoraConfig, adapters_of, add_adapter, set_scale
 from minilora.lora.files import load_adapter, read_adapter, save_adapter
-from minilora.lora.peft_format import LACKING, NEUTRAL, OPTIONS
+from minilora.lora.peft_options import LACKING, NEUTRAL, OPTIONS
 from minilora.nn import Transformer
 
 CASES = [(name, i) for name, (form, _) in FORMS.items() for i in range(len(TARGETS[form]))]
