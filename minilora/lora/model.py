@@ -38,16 +38,17 @@ def add_adapter(model: Transformer, config: TargetConfig, name: str = "default",
         if kind is None:
             raise ValueError(f"method {config.method!r} cannot adapt {path}, a {type(layer).__name__}")
         new.append((layer, kind(layer, config, names, rng)))
-    targeted: list[Any] = [layer for layer, _ in new]
+    wholes, targeted = _wholes(model), {id(layer) for layer, _ in new}
     for path, names, layer in layers_to_save(model, config):
-        if layer not in targeted and (_product(model, layer) in targeted or layer in [_product(model, t) for t in targeted]):
+        if id(layer) not in targeted and (id(wholes.get(id(layer))) in targeted or
+                                          any(wholes.get(block) is layer for block in targeted)):
             raise ValueError(f"modules_to_save: {path} shares rows with a layer that is adapted, expected one of the two")
         new.append((layer, METHODS["replace", Linear](layer, config, names, rng)))
     if config.method in BESIDE:
         new += BESIDE[config.method](model, config, [layer for layer, _ in new], rng).values()
     device = device_of(model.embed.weight.data).name
     for layer, adapter in new:
-        for part in _product(model, layer), layer:
+        for part in wholes.get(id(layer), layer), layer:
             part.adaptation = part.adaptation or Adaptation()
         layer.adaptation.adapters[name] = adapter
         adapter.to(device).train(model.training)
@@ -163,7 +164,7 @@ def merge_and_unload(model: Transformer) -> Transformer:
     try:
         cfg = deepcopy(model.cfg)
         cfg.tie_embeddings = model.head is not None and model.head.weight is model.embed.weight
-        plain = Transformer(cfg, dtype=str(model.embed.weight.dtype)).to(device_of(model.embed.weight.data).name)
+        plain = Transformer(cfg, None, str(model.embed.weight.dtype)).to(device_of(model.embed.weight.data).name)
         own = {path for path, _ in plain.named_parameters()}
         plain.load_state_dict({path: value for path, value in model.state_dict().items() if path in own})
     finally:
@@ -216,17 +217,13 @@ def layers_to_save(model: Transformer, config: TargetConfig) -> Iterator[tuple[s
 
 def _products(model: Module) -> Iterator[Any]:
     """Every adapted layer that is one product or one table: blocks of a packed layer belong to their whole."""
-    modules = [m for _, m in model.named_modules()]
-    blocks = {id(b) for m in modules if isinstance(m, PackedLinear) for b in m.blocks.values()}
-    return (m for m in modules if getattr(m, "adaptation", None) is not None and id(m) not in blocks)
+    wholes = _wholes(model)
+    return (m for _, m in model.named_modules() if getattr(m, "adaptation", None) is not None and id(m) not in wholes)
 
 
-def _product(model: Module, layer: Any) -> Any:
-    """The layer itself, or the packed layer that it is a block of."""
-    for _, m in model.named_modules():
-        if isinstance(m, PackedLinear) and any(b is layer for b in m.blocks.values()):
-            return m
-    return layer
+def _wholes(model: Module) -> dict[int, Any]:
+    """The id of each row block -> the packed layer that it is a block of."""
+    return {id(block): m for _, m in model.named_modules() if isinstance(m, PackedLinear) for block in m.blocks.values()}
 
 
 def _hung_on(layer: Any) -> list[Adaptation]:

@@ -1,6 +1,7 @@
 """How long do the tools on files take, and how much memory? On an adapter of a 7B model, and on SmolLM2.
 
-Each is run as a user runs it, as a command in a process of its own; the system says how much memory that process had.
+Each is run as a user runs it, as a command in a process of its own; the system says how much memory that process had. (That
+is at least what the process that started it has, so nothing large is ever made in this one.)
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import plots
-from ..lora import LoraConfig, add_adapter
-from ..lora.files import save_adapter, write_adapter
-from ..pretrained import load_pretrained
+from ..lora.files import write_adapter
 from ..pretrained.hub import find
 from .common import Options, publish, say, verdict_lines, writable_folder
 
@@ -31,6 +30,9 @@ BASE = "smollm2-135m"
 SIZES = {"quick": (64, 172, 2, 8), "default": (4096, 11008, 32, 64), "full": (4096, 11008, 32, 64)}    # D, F, layers, r
 TIMED = ("import os, sys, time; {imports}; where = sys.argv[1]; start = time.perf_counter(); model = {call}; "
          "print(time.perf_counter() - start)")
+MAKE = "import sys; from minilora.studies.file_tools import make; make(sys.argv[1], *map(int, sys.argv[2:]))"
+ADAPT = ("import sys, minilora as ml; model, _ = ml.load_pretrained(sys.argv[1]); "
+         "ml.add_adapter(model, ml.LoraConfig(r=8, target_modules='all-linear')); ml.save_adapter(model, sys.argv[2])")
 OURS = TIMED.format(imports="import minilora as ml", call="ml.load_pretrained(where)")
 THEIRS = TIMED.format(imports="import transformers", call="transformers.AutoModelForCausalLM.from_pretrained("
                       "os.path.dirname(where), gguf_file=os.path.basename(where))")
@@ -44,7 +46,9 @@ def run(options: Options) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         adapters = [Path(folder, f"adapter{i}") for i in range(2)]
-        megabytes = max([made(path, D, F, layers, r, options.seed + i) for i, path in enumerate(adapters)])
+        for i, path in enumerate(adapters):
+            measured(["-c", MAKE, path, D, F, layers, r, options.seed + i])
+        megabytes = sum(file.stat().st_size for file in adapters[0].iterdir()) / 1e6
         verbs: dict[str, list[Any]] = {
             "analyze": [adapters[0], "--json"], f"resize to r = {r // 4}": [adapters[0], "--rank", r // 4],
             "compose, exact": [*adapters], f"compose, cut to r = {r}": [*adapters, "--how", "svd", "--rank", r]}
@@ -61,8 +65,8 @@ def run(options: Options) -> dict[str, Any]:
     return publish(report, plots.file_tools(report), options)
 
 
-def made(path: Path, D: int, F: int, layers: int, r: int, seed: int) -> float:
-    """Write an adapter of random numbers on all linear layers of a Llama of this shape; its size in MB."""
+def make(path: str, D: int, F: int, layers: int, r: int, seed: int) -> None:
+    """Write an adapter of random numbers on all linear layers of a Llama of this shape."""
     rng, modules = np.random.default_rng(seed), {}
     shapes = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), (D, D)) | {
         "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
@@ -71,15 +75,11 @@ def made(path: Path, D: int, F: int, layers: int, r: int, seed: int) -> float:
             A, B = (rng.standard_normal(shape, dtype=np.float32) for shape in ((r, d_in), (d_out, r)))
             modules[f"model.layers.{layer}.{name}"] = {"A": A, "B": B, "scale": 1.0, "embedding": False}
     write_adapter(path, {"task_type": "CAUSAL_LM"}, modules)
-    return sum(file.stat().st_size for file in path.iterdir()) / 1e6
 
 
 def on_smollm2(folder: Path) -> list[dict[str, Any]]:
     """Merging an adapter into SmolLM2, and loading it, here and by transformers."""
-    model, _ = load_pretrained(BASE)
-    add_adapter(model, LoraConfig(r=8, target_modules="all-linear"))
-    save_adapter(model, folder / "small")
-    del model
+    measured(["-c", ADAPT, BASE, folder / "small"])
     merge = ["-m", "minilora", "merge", BASE, folder / "small", "-o", folder / "merged", "--dequantise"]
     rows = [{"tool": "merge", "on": BASE, **measured(merge)},
             {"tool": "load", "on": BASE, **measured(["-c", OURS, BASE], inner=True)}]
