@@ -31,6 +31,15 @@ def why_no_gpu() -> str | None:
     return None if cupy.is_available() else "CuPy finds no GPU"
 
 
+@pytest.hookimpl(tryfirst=True)                            # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The stand-in is written in Python: what is quick on NumPy may be slow there."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if item.get_closest_marker("slow_on_the_stand_in") and params.get("device") == "fake":
+            item.add_marker("slow")
+
+
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.cupy if name == "cupy" else ()) for name in DEVICES])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device under test, made the current one: "cpu", "fake" or "gpu"."""

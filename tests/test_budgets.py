@@ -140,6 +140,7 @@ def test_a_sweep_step_cuts_no_product_into_small_ones(kind, form):
 
 # The same numbers as on NumPy
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("form", "target"), PER_LAYER)
 def test_training_equals_numpys(kind, form, target, dtype):

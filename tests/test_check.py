@@ -16,10 +16,11 @@ SOLVED = [name for name in NAMES if name in lessons.places()]
 
 
 # ------------------------------------------------------------------------------------------------ every exercise there is
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 20), marks=pytest.mark.slow)], ids=["3 seeds", "20 seeds"])
 @pytest.mark.parametrize("name", SOLVED)
-def test_the_solution_passes(name):
+def test_the_solution_passes(name, seeds):
     solution = lessons.answer(name)
-    for seed in range(20):
+    for seed in seeds:
         verdict = exercises()[name].judge(solution, seed)
         assert verdict, f"seed {seed}: {verdict!r}"
 

@@ -270,6 +270,7 @@ def test_grading_the_solutions_and_the_stubs(folder, monkeypatch):
     assert [verdict for verdict, _ in marks(folder / "03_tiny.ipynb")] == ["open", "open"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cells", "verdict", "hint"), [
     ([RIGHT], "wrong", "it raised NameError"), (["twice = 2.0", RIGHT], "right", ""),                   # found by its name
     (["twice = 2.0", ("tiny_double", RIGHT), "def tiny_double(x): ..."], "right", ""),                   # a copy that is empty
@@ -294,6 +295,7 @@ def test_grading_survives(folder, cells, verdict, hint):
     assert found[1][0] == ("right" if "count" in str(cells[0]) else "open")
 
 
+@pytest.mark.slow
 def test_an_endless_loop_is_ended(folder):
     path = student(folder, ("tiny_double", "def tiny_double(x):\n    while True: pass"))
     assert marks(path, seconds=6)[0] == ("wrong", "not done after 6 s: an endless loop?")

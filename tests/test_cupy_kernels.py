@@ -503,6 +503,7 @@ def test_nvrtc_refuses_a_wrong_source():
         compiled_by_nvrtc(source("float32") + 'extern "C" __global__ void wrong(T* x) { x[0] = nothing; }', "compute_80")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nvcc_compiles_the_source(dtype, tmp_path):

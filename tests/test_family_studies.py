@@ -42,6 +42,7 @@ def absent(*_, **__):
     raise FileNotFoundError("no such package: pip install --no-deps something")
 
 
+@pytest.mark.slow
 def test_the_methods_leave_their_files_and_a_table(tmp_path, monkeypatch, no_processes):
     size = methods.Size(TINY, 1, 2, 1, 0, REVIEWS, SHAPE, 2, 1, ("LoRA", "LoRA-FA"))
     monkeypatch.setitem(methods.SIZES, "quick", size)
@@ -65,6 +66,7 @@ def test_the_methods_leave_their_files_and_a_table(tmp_path, monkeypatch, no_pro
     assert cost["LoRA"]["peak_mb"] == 2.0 and cost["DoRA"]["peak_mb"] is None
 
 
+@pytest.mark.slow
 def test_bases_of_four_bits_leave_their_files_and_a_table(tmp_path, monkeypatch, no_processes):
     size = quantisation.Size(TINY, 1, 2, 1, 0, ("smollm2-135m",), 1, SHAPE, 2, 1)
     monkeypatch.setitem(quantisation.SIZES, "quick", size)
@@ -251,6 +253,7 @@ def test_the_verdicts_on_bases_follow_the_numbers():
     assert [i for i, claim in enumerate(quantisation.verdict(report)) if claim["agrees"]] == [6]
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_methods_on_a_real_model(monkeypatch, no_processes):
     pytest.importorskip("tokenizers")

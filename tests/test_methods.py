@@ -160,6 +160,7 @@ def layer_of(name, shape):
 # --- the suite --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_on_the_stand_in
 @methods
 @pytest.mark.parametrize("shape", [(5, 3), (3, 7), (1, 4), (4, 1)], ids=str)
 def test_the_gradients_of_every_parameter_and_of_the_input(device, name, shape):
@@ -180,6 +181,7 @@ def test_the_gradients_in_a_whole_model(name, targets):
     assert min(float(abs(p.grad).max()) for p in trained(model)) > 1e-7
 
 
+@pytest.mark.slow_on_the_stand_in
 @methods
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_new_adapter_is_the_base(device, name, dtype):
@@ -202,6 +204,7 @@ def test_a_new_adapter_is_the_base(device, name, dtype):
             assert_array_equal(to_host(b.data), to_host(layers[path].bias.data))
 
 
+@pytest.mark.slow_on_the_stand_in
 @methods
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-5)])
 def test_merged_is_unmerged_and_the_base_is_untouched(device, name, dtype, tolerance):
@@ -233,6 +236,7 @@ def test_merged_is_unmerged_and_the_base_is_untouched(device, name, dtype, toler
         assert all(value.tobytes() == state[path].tobytes() for path, value in base_of(model).items())
 
 
+@pytest.mark.slow_on_the_stand_in
 @methods
 def test_training_moves_the_adapter_and_not_the_base(device, name):
     model = build(dtype="float32")

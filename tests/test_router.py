@@ -62,6 +62,7 @@ def alone(model, name, ids):
         return ml.to_host(model(ids))[0]
 
 
+@pytest.mark.slow_on_the_stand_in
 @pytest.mark.parametrize("form", FORMS)
 def test_each_text_gets_what_its_adapter_alone_gives(device, form):
     model, tokenizer = with_adapters(form), words()
@@ -77,6 +78,7 @@ def test_each_text_gets_what_its_adapter_alone_gives(device, form):
     assert model.training
 
 
+@pytest.mark.slow_on_the_stand_in
 @pytest.mark.parametrize("form", ["gpt2", "llama"])
 def test_each_row_writes_what_its_adapter_alone_writes(device, form):
     model, tokenizer = with_adapters(form), words()

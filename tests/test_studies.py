@@ -73,6 +73,7 @@ def test_a_study_leaves_its_table_figure_and_numbers(tmp_path, monkeypatch):
     assert "full fine-tuning" in table and "frozen base" in table and "the same validation loss" in table
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses(tmp_path, monkeypatch):
     monkeypatch.setitem(rank_quality.SIZES, "quick", TINY)
     found = [rank_quality.run(Options("quick", out=tmp_path / name))["text"]["rows"] for name in "ab"]     # made, then cached

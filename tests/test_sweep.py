@@ -86,6 +86,7 @@ def assert_equals_alone(model, task, configs, seeds, lrs, config, result, evalua
         delete_adapter(model, "alone")
 
 
+@pytest.mark.slow_on_the_stand_in
 @pytest.mark.parametrize("B, T", [(3, 8), (1, 4)], ids=["weights formed", "thin products"])
 def test_every_cell_equals_itself_alone(device, B, T):
     """Ranks 1, 2 and 5, two seeds, two rates, rsLoRA, warm-up, decay, clipping that binds for some: 20 steps to 1e-10."""
@@ -112,6 +113,7 @@ def test_other_starts_are_drawn_as_alone(init):
     assert_equals_alone(model, task, configs, (3, 4), (1e-2,), config, result)
 
 
+@pytest.mark.slow_on_the_stand_in
 @pytest.mark.parametrize("B, T", [(3, 8), (1, 4)], ids=["weights formed", "thin products"])
 def test_starts_taken_from_the_weight_stand_side_by_side_as_alone(device, B, T):
     """PiSSA exact and randomised, MiLoRA, OLoRA and plain LoRA, of different ranks, in one run."""
@@ -147,6 +149,7 @@ def test_lora_fa_as_alone(device):
     assert result.rows[3]["parameters"] == sum(a.lora_B.size for a in adapters_of(model, "again").values())
 
 
+@pytest.mark.slow_on_the_stand_in
 @pytest.mark.parametrize("B, T", [(3, 8), (1, 4)], ids=["weights formed", "thin products"])
 @pytest.mark.parametrize("configs", [
     [VeraConfig(r=2, target_modules=TARGETS), VeraConfig(r=7, d_initial=0.5, projection_prng_key=3, target_modules=TARGETS)],
@@ -162,6 +165,7 @@ def test_other_products_as_alone(device, configs, B, T):
     assert mean_loss(model, VALID) == pytest.approx(result.rows[3]["eval_loss"], rel=1e-10)
 
 
+@pytest.mark.slow_on_the_stand_in
 def test_sora_as_alone(device):
     """Each cell's gates close by its own rate and λ: some are shut at the end, and not all."""
     model, task, config = base_model(), task_of(2, 5), quiet(steps=8, clip=0.3, warmup=2)
@@ -173,6 +177,7 @@ def test_sora_as_alone(device):
     assert shut[6] > 0 and shut[7] < 5 * 2 * len(TARGETS)
 
 
+@pytest.mark.slow_on_the_stand_in
 @pytest.mark.parametrize("kinds", [("peft", "peft"), ("paper", "paper"), ("paper", "peft")], ids="-".join)
 def test_adalora_as_alone(device, kinds):
     """Each cell has its own budget over all its modules, and its own penalty; the budgets are met exactly. Targets that do not
@@ -270,6 +275,7 @@ def test_rows_beyond_a_rank_stay_exactly_zero(device, monkeypatch):
             assert A[k, :r].all() and B[k, :, :r].all()
 
 
+@pytest.mark.slow_on_the_stand_in
 def test_the_result_does_not_depend_on_the_chunks(device):
     model, task, configs = base_model(), task_of(2, 6), [lora(5), lora(1), lora(2)]
     found = [sweep(model, task, configs, seeds=(0, 3), train=quiet(steps=3, clip=0.3, eval_every=2), evaluate=VALID, **how)
@@ -355,6 +361,7 @@ def state_of(model: Transformer) -> Any:
             {path: rng.bit_generator.state for path, rng in model.named_generators()})
 
 
+@pytest.mark.slow_on_the_stand_in
 @pytest.mark.parametrize("prepare", ["plain", "adapters", "unfrozen"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was(device, prepare, fails):

@@ -622,6 +622,7 @@ def test_damaged_folders(bert, reviews, tmp_path):
         load(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(bert, reviews, tmp_path):
     """A limit on the size of files stands for the disk. What was done is kept, and the same call finishes it."""
     out = tmp_path / "out"

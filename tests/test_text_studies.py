@@ -45,6 +45,7 @@ def cache(tmp_path, monkeypatch):
         cells.run_cell(name, key, cell) for key, cell in pending.items()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", SIZES, ids=lambda study: study.__name__.rpartition(".")[2])
 def test_a_study_leaves_its_files_and_a_table(study, tmp_path, monkeypatch):
     home = wide if study in (subspaces, amplification) else study
@@ -146,6 +147,7 @@ def test_random_updates_show_what_chance_gives():
     assert found[0]["chance"] == 8 / 256
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_the_real_model_study_leaves_its_files(tmp_path, monkeypatch):
     pytest.importorskip("tokenizers")

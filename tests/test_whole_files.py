@@ -117,6 +117,7 @@ def test_a_full_disk_leaves_what_was_there(name, there, tmp_path, full_disk):
     plt.close("all")
 
 
+@pytest.mark.slow
 @writers
 def test_an_interrupt_at_any_rename_leaves_no_mixture(name, tmp_path, monkeypatch):
     """The old files, the new ones, or a folder without its mark, which nobody takes for whole."""
