@@ -74,6 +74,7 @@ def test_a_wrong_header_is_named(text, says):
         parse(text)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jupytext") is None, reason="jupytext is not installed")
 @pytest.mark.parametrize("path", [None, *lessons.SOURCES], ids=lambda path: path.stem if path else "tiny")
 def test_jupytext_reads_the_same_cells(path):

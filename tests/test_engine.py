@@ -138,6 +138,7 @@ def test_a_ladder_of_diamonds_is_walked_once(device):
     assert grad(x) == [2.0**60]
 
 
+@pytest.mark.slow_on_the_stand_in
 def test_a_chain_of_20000_ops(device):
     """No recursion, neither in the reverse pass nor when the graph is thrown away unused."""
     x = leaf(1.0)

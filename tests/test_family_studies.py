@@ -161,6 +161,7 @@ def test_the_size_of_files(tmp_path):
     assert 4 * count_parameters(model)["trainable"] < costs.file_bytes(model) < 4 * count_parameters(model)["trainable"] + 4096
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's high-water mark")
 def test_memory_is_measured_in_a_process_of_its_own():
     cfg = ml.TransformerConfig.gpt2(vocab_size=4000, d_model=256, n_layers=2, n_heads=4, max_len=16)

@@ -79,6 +79,7 @@ def test_bytes_a_number_and_the_error(rng, double, most):
     assert four.dense().dtype == np.float32
 
 
+@pytest.mark.slow_on_the_stand_in
 @pytest.mark.parametrize("form", ["gpt2", "llama"])
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("full", "bitfit")])
 def test_every_method_on_a_base_of_four_bits(device, form, name):

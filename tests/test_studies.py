@@ -55,6 +55,7 @@ def test_kl_divergence_is_right_and_has_the_right_gradient(rng):
     assert gradcheck(lambda x: kl_divergence(x, np.log(p), 2), [np.log(q)])
 
 
+@pytest.mark.slow
 def test_a_study_leaves_its_table_figure_and_numbers(tmp_path, monkeypatch):
     monkeypatch.setitem(rank_quality.SIZES, "quick", TINY)
     report = STUDIES["rank-quality"].run(Options("quick", seed=1, out=tmp_path / "figures"))

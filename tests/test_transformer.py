@@ -63,6 +63,7 @@ def loss_of(model: Transformer, form: str) -> Tensor:
 
 # Gradients
 
+@pytest.mark.slow_on_the_stand_in
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_the_whole_model(device, form):
     model = build(form)
