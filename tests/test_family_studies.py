@@ -235,7 +235,7 @@ def test_the_errors_of_codes_on_a_known_matrix(rng):
     found = quantisation.errors_of([W], 4)
     assert found["matrices"] == 1 and found["codes"]["NF4"]["most"] < 1e-6 < 1e-2 < found["codes"]["FP4"]["least"]
     normal = quantisation.errors_of([rng.standard_normal((128, 96)).astype("float32")], 4)["codes"]
-    assert normal["NF4"]["mean"] == pytest.approx(0.092, abs=0.002)                # as published for NF4 on normal weights
+    assert normal["NF4"]["mean"] == pytest.approx(0.092, abs=0.002)      # as test_four_bit.py has it for normal numbers
 
 
 def test_the_verdicts_on_bases_follow_the_numbers():

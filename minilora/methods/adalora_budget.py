@@ -49,8 +49,7 @@ class TripletBudget:
         total: Any = 0.0
         matrices = [m for a in self.adapters.values() for m in (a.lora_A, a.lora_B.T)]
         for m in matrices:                                 # rows that should be orthonormal
-            off = matmul(m, m.T) - array_module(m.data).eye(m.shape[0], dtype=m.dtype)
-            square = (off * off).sum()
+            square = from_orthonormal(m, array_module(m.data).eye(m.shape[0], dtype=m.dtype))
             total = (square if self.config.orth_reg == "paper" else sqrt(square)) + total
         return total if self.config.orth_reg == "paper" else total * (1.0 / len(matrices))
 
@@ -90,6 +89,12 @@ class TripletBudget:
             E = adapter.lora_E.data
             self.masks[path] = to_device(own[:, None].astype(E.dtype), device_of(E).name)
         self.ranks.append((step, {path: int(to_host(mask).sum()) for path, mask in self.masks.items()}))
+
+
+def from_orthonormal(m: Tensor, eye: Any) -> Tensor:       # (…, r, n), (…, r, r) -> (…)
+    """‖m mᵀ - I‖²_F: how far the rows of m are from orthonormal ones."""
+    off = matmul(m, m.transpose(*range(m.ndim - 2), -1, -2)) - eye
+    return (off * off).sum(axis=(-2, -1))
 
 
 class RankAllocator(TripletBudget):

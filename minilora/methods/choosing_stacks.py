@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..autograd import Tensor, matmul, sqrt, where
+from ..autograd import Tensor, sqrt, where
 from ..backend import device_of, to_device
 from ..nn import Parameter
 from ..training.stacks import STACKS, Companion, LoRAStack, Stack
 from .adalora import AdaLoRA
-from .adalora_budget import TripletBudget
+from .adalora_budget import TripletBudget, from_orthonormal
 from .sora import SoRA, soft_threshold
 
 
@@ -60,8 +60,7 @@ class Budgets(Companion):
         """γ R of each cell, as `TripletBudget.orthogonality` has it."""
         total: Any = 0.0
         for m in [m for each in self.stacks.values() for m in (each.lora_A, each.lora_B.transpose(0, 2, 1))]:      # (K, r, …)
-            off = matmul(m, m.transpose(0, 2, 1)) - self.eyes
-            square = (off * off).sum(axis=(1, 2))
+            square = from_orthonormal(m, self.eyes)
             total = where(self.of_paper, square, sqrt(square)) + total
         return total * self.weights
 

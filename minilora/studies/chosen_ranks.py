@@ -16,12 +16,13 @@ import numpy as np
 from .. import plots
 from ..data import load_corpus
 from ..lora import adapters_of, add_adapter
-from ..methods import DynamicRank, GateProx, RankAllocator, SoRAConfig
+from ..lora.config import in_layers
+from ..methods import DynamicRank, SoRAConfig
 from ..training import AdamW, mean_loss, train
 from .cells import compute
 from .common import Options, Pretraining, publish, text_batches, verdict_lines, writable_folder
 from .text import DIVERGED, TARGET, Setting, base_of, best_rate, copy_of, mean_and_sd, windows_of
-from .ways import WAYS, Way
+from .ways import WAYS, Way, companion
 
 QUESTION = "Which layers get the rank when AdaLoRA, SoRA or DynamicRank choose it, update after update? (AdaLoRA, Figure 3)"
 EXPECTED = ("AdaLoRA (arXiv:2303.10512), section 4.5 and Figure 3: the feed-forward layers and the upper layers get more of "
@@ -106,18 +107,15 @@ def ranks_cell(setting: dict[str, Any], method: str, rank: int, lr: float, seed:
 
 def chooser(method: str, model: Any, steps: int, lr: float) -> tuple[dict[str, Any], Callable[[], dict[str, int]]]:
     """(what `train` needs for the method, a function for the ranks of now; {} before the first choice)."""
-    if method == "AdaLoRA":
-        allocator = RankAllocator(model)
-        return ({"penalty": allocator.penalty, "callback": allocator.callback},
-                lambda: dict(allocator.ranks[-1][1]) if allocator.ranks else {})
-    if method == "SoRA":
-        gates = GateProx(model)
-        return {"callback": gates.callback}, gates.ranks
     if method == "DynamicRank":
         optimizer = AdamW([p for _, p in model.named_parameters(trainable=True)], lr, weight_decay=0.0)
         shrink = DynamicRank(model, energy=ENERGY, every=max(1, steps // LOOKS), start=steps // 10, optimizer=optimizer)
         return {"optimizer": optimizer, "callback": shrink.callback}, lambda: dict(shrink.ranks[-1][1])
-    return {}, dict
+    found = companion(model, method)
+    if found is None:
+        return {}, dict
+    options = {"penalty": getattr(found, "penalty", None), "callback": found.callback}
+    return options, found.ranks if method == "SoRA" else lambda: dict(found.ranks[-1][1]) if found.ranks else {}
 
 
 def summary(method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -132,11 +130,6 @@ def summary(method: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
             "mean_rank": float(np.mean([values[-1] for values in ranks.values()])), "updates": looks, "ranks": ranks}
 
 
-def layer_of(path: str) -> int:
-    """layers.3.attn.q_proj -> 3."""
-    return int(path.split(".")[1])
-
-
 def verdict(rows: list[dict[str, Any]], n_layers: int) -> list[dict[str, Any]]:
     """What the paper says of AdaLoRA, and whether it is so here."""
     by_name = {row["method"]: row for row in rows}
@@ -146,7 +139,8 @@ def verdict(rows: list[dict[str, Any]], n_layers: int) -> list[dict[str, Any]]:
         return float(np.mean([rank for path, rank in final.items() if which(path)]))
 
     mlp, attention = mean(lambda path: ".mlp." in path), mean(lambda path: ".attn." in path)
-    upper, lower = mean(lambda path: layer_of(path) >= n_layers / 2), mean(lambda path: layer_of(path) < n_layers / 2)
+    below = in_layers(set(final), list(range(n_layers // 2)))
+    upper, lower = mean(lambda path: path not in below), mean(lambda path: path in below)
     chosen, fixed = by_name[CHOICE], by_name[FIXED]
     return [
         {"claim": f"{CHOICE} gives the feed-forward layers more rank than attention", "agrees": mlp > attention,

@@ -153,18 +153,20 @@ def fit(model: Transformer, name: str, batches: Any, config: TrainConfig, callba
     after = [] if callback is None else [callback]
     if name == "LoRA+":
         options["optimizer"] = AdamW(loraplus_groups(model, config.lr, RATIO), config.lr, weight_decay=config.weight_decay)
-    elif name == "AdaLoRA":
-        allocator = RankAllocator(model)
-        options["penalty"] = allocator.penalty
-        after.append(allocator.callback)
-    elif name == "SoRA":
-        after.append(GateProx(model).callback)
+    if (found := companion(model, name)) is not None:
+        options["penalty"] = getattr(found, "penalty", None)
+        after.append(found.callback)
 
     def each(step: int, model: Any, history: History) -> None:
         for one in after:
             one(step, model, history)
 
     return train(model, batches, config, callback=each if after else None, **options)
+
+
+def companion(model: Transformer, name: str) -> Any:
+    """What a method does beside the optimiser: an object with a callback, and perhaps a penalty, for `train`; or None."""
+    return RankAllocator(model) if name == "AdaLoRA" else GateProx(model) if name == "SoRA" else None
 
 
 def kept(model: Transformer, name: str) -> int | None:
