@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from composed import softmax
 
-from minilora.autograd import Op, Tensor, cross_entropy, gradcheck, no_grad, tensor
+from minilora.autograd import Op, Tensor, cross_entropy, gradcheck, no_grad, tanh, tensor
 from minilora.backend import get_device, to_device, to_host
 from minilora.data import left_padded
 from minilora.lora import LoraConfig, add_adapter
@@ -177,6 +177,50 @@ def test_the_sequence_head_reads_the_last_real_token(device):
         x = model.hidden(IDS, attention_mask=mask)
         expected = to_host(x)[np.arange(2), last] @ to_host(model.classifier.weight.data).T
         np.testing.assert_allclose(logits_of(model, IDS, attention_mask=mask), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["bert-sequence", "llama-sequence", "gpt2-sequence"])
+@pytest.mark.parametrize("mask", [None, MASK, MASK[:, ::-1], np.array([[1, 0, 1, 1, 0, 0], [0, 1, 0, 1, 0, 1]])], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_classifier_of_one_position_is_that_of_all_positions(device, form, mask, recompute):
+    """The last layer works for one position of a row only. Logits and gradients are those of the states of all positions."""
+    def step(whole):
+        model = build(form) if form in FORMS else build("gpt2", n_labels=3, head="sequence")
+        add_adapter(model, LoraConfig(r=2, target_modules=["qkv_proj", "q_proj", "o_proj", "up_proj"], init_lora_weights=False))
+        model.recompute = recompute
+        given = None if mask is None else np.ascontiguousarray(mask)
+        if not whole:
+            y = model(IDS, attention_mask=given)
+        else:
+            x = model.hidden(IDS, attention_mask=given)
+            last = [5 if given is None else np.flatnonzero(row)[-1] for row in (IDS if given is None else given)]
+            x = x[np.arange(2), [0, 0] if model.pooler is not None else last]
+            y = model.classifier(x if model.pooler is None else tanh(model.pooler(x)))
+        (y * y).sum().backward()
+        return to_host(y), {path: to_host(p.grad) for path, p in model.named_parameters(trainable=True)}
+
+    (y, gradients), (expected, by_path) = step(False), step(True)
+    np.testing.assert_allclose(y, expected, rtol=1e-12)
+    assert gradients.keys() == by_path.keys() and all(np.abs(g).max() > 0 for g in gradients.values())
+    for path, g in gradients.items():
+        np.testing.assert_allclose(g, by_path[path], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["bert-sequence", "llama-sequence"])
+def test_the_last_layer_works_for_the_position_that_is_read(device, form):
+    model, seen = build(form), []
+    mlp = model.layers[-1].mlp
+    model.layers[-1].mlp = lambda x: seen.append(x.shape) or mlp(x)
+    model(IDS)
+    assert seen == [(2, 1, D)]
+
+
+@pytest.mark.parametrize("form", GENERATIVE)
+def test_the_logits_of_the_last_position_alone(device, form):
+    model = build(form)
+    for mask in None, MASK[:, ::-1]:
+        whole = logits_of(model, IDS, attention_mask=mask)
+        np.testing.assert_allclose(logits_of(model, IDS, attention_mask=mask, last=True), whole[:, -1:], rtol=1e-12)
 
 
 def test_token_types_matter_and_are_zero_if_left_out(device):

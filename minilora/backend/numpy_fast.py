@@ -22,10 +22,11 @@ from .parallel import for_blocks, one_blas_thread, spans, workers, working
 ALONE = 1 << 18       # multiply-adds of a product that BLAS by itself leaves to one thread
 PRODUCT = 1 << 21     # multiply-adds of a product below which one thread is as fast
 FEW = 32              # rows of a product below which its columns are shared out instead
+WIDE = 16             # columns for each row above which they are, too: every thread then reads its part of b, not all of it
 ROWS = 512            # rows of a product in a block
 SHARDS = 1 << 15      # elements of a model's input that are worth several threads
 LARGE = 1 << 17       # elements of a sum that are
-LOGITS = 1 << 23      # logits in a block of rows
+LOGITS = 1 << 25      # logits in a block of rows
 
 keep_freed_memory()
 
@@ -67,7 +68,7 @@ class NumpyKernels(BlockFormulas):
         y, all_of_it = empty((len(a), b.shape[1]), np.result_type(a, b)), slice(None)
         if a.size * b.shape[1] < PRODUCT:
             blocks = [(all_of_it, all_of_it)]
-        elif len(a) < FEW:
+        elif len(a) < FEW or b.shape[1] > WIDE * len(a):
             blocks = [(all_of_it, columns) for columns in spans(b.shape[1], -(-b.shape[1] // workers()))]
         else:
             blocks = [(some, all_of_it) for some in row_blocks(len(a))]
@@ -167,17 +168,14 @@ class NumpyKernels(BlockFormulas):
     def linear_cross_entropy(self, x: Array, W: Array, targets: Array, weights: Array, smoothing: float, gradient: bool,
                              ) -> tuple[Array, Array | None]:
         losses, dx = np.empty(len(x), x.dtype), like(x) if gradient else None
-
-        def part(block: slice) -> None:
-            logits = np.matmul(x[block], W.T, out=empty((block.stop - block.start, len(W)), x.dtype))
+        for block in spans(len(x), LOGITS // len(W)):
+            logits = self._product(x[block], W.T, None)
             if dx is None:
                 losses[block], _ = self.cross_entropy(logits, targets[block], smoothing)
             else:
                 inside = self._inside(targets[block], len(W))
                 chain(partial(loss_and_gradient, smoothing), logits, inside, weights[block], losses[block], products=True)
-                np.matmul(logits, W, out=dx[block])
-
-        for_blocks(part, spans(len(x), min(LOGITS // len(W), -(-len(x) // workers()))), products=True)
+                dx[block] = self._product(logits, W, None)
         return losses, dx
 
     # Tables and optimisers

@@ -59,7 +59,7 @@ class PromptTuning(Front):
             inputs["position_ids"] = ahead(inputs["position_ids"] + self.p, p, 0)
             inputs["position_ids"][:, :p] = np.arange(p)
         x = Transformer.hidden(model, ahead(ids, p, -1), attention_mask=mask, cache=cache, **inputs)
-        return x[:, p:]
+        return x if "read" in inputs else x[:, p:]
 
 
 PromptFormat("prompt", "PROMPT_TUNING", PromptTuningConfig).register()

@@ -95,10 +95,10 @@ class VirtualTokens(Transformer):
         self.answer = getattr(self, model.answer.__name__)
 
     def hidden(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
-               cache: Any = None) -> Tensor:
+               cache: Any = None, read: np.ndarray | None = None) -> Tensor:
         """As in a Transformer. Raises ValueError if virtual and real tokens together are more than max_len, or for padding
         between them in a model with rotary positions."""
-        inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids}
+        inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "read": read}
         front, ids = self.embed.front(), np.asarray(to_host(ids))
         if front is None or ids.ndim != 2:
             return super().hidden(ids, attention_mask=attention_mask, cache=cache, **inputs)

@@ -26,10 +26,16 @@ class Run:
     key_mask: Array | None = None            # (B, S), 0 at padding
     start: int = 0                           # positions already in the cache
     cache: list[KVCache] | None = None       # one entry a layer
+    read: Any = None                         # (B,), for the last layer: the position of each row that the answer needs
 
     def of(self, rows: slice) -> Run:
         """The same for some rows of the batch."""
-        return Run(None if self.key_mask is None else self.key_mask[rows], self.start, self.cache)
+        key_mask, read = (None if a is None else a[rows] for a in (self.key_mask, self.read))
+        return Run(key_mask, self.start, self.cache, read)
+
+    def wanted(self, x: Tensor) -> Tensor:                         # (B, T, ...) -> (B, 1, ...), or x itself
+        """The positions of x that are wanted of this layer."""
+        return x if self.read is None else x[np.arange(len(x))[:, None], self.read[:, None]]
 
 
 class KVCache:
@@ -108,13 +114,15 @@ class Attention(Module):
         self.head_dim, self.causal, self.rotate, self.index = cfg.head_dim, cfg.causal, rotate, index
         self.widths = list(qkv.sizes.values())
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:              # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, run: Run) -> Tensor:              # (B, T, D) -> (B, T, D), or (B, 1, D)
         q, k, v = (self.heads(part) for part in split(self.qkv_proj(x), self.widths))
         q, k = self.rotate(q, run.start), self.rotate(k, run.start)
         if run.cache is not None:
             k, v = run.cache[self.index].extend(k, v, run.start)
+        if run.read is not None:                                   # one query, which sees all keys: after it comes only padding
+            q = run.wanted(q.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
         o = attention(q, k, v, causal=self.causal, key_mask=run.key_mask)          # (B, H, T, hd)
-        return self.o_proj(o.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+        return self.o_proj(o.transpose(0, 2, 1, 3).reshape(len(x), q.shape[2], -1))
 
     def heads(self, x: Tensor) -> Tensor:                          # (B, T, H·hd) -> (B, H, T, hd), a view
         return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
@@ -155,16 +163,16 @@ class Layer(Module):
 class PreNormLayer(Layer):
     """x + attn(norm x), then x + mlp(norm x): GPT-2, Llama."""
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:              # (B, T, D) -> (B, T, D)
-        x = x + self.dropout(self.attn(self.attn_norm(x), run))
+    def forward(self, x: Tensor, run: Run) -> Tensor:              # (B, T, D) -> (B, T, D), or (B, 1, D)
+        x = run.wanted(x) + self.dropout(self.attn(self.attn_norm(x), run))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 class PostNormLayer(Layer):
     """norm(x + attn x), then norm(x + mlp x): BERT."""
 
-    def forward(self, x: Tensor, run: Run) -> Tensor:              # (B, T, D) -> (B, T, D)
-        x = self.attn_norm(x + self.dropout(self.attn(x, run)))
+    def forward(self, x: Tensor, run: Run) -> Tensor:              # (B, T, D) -> (B, T, D), or (B, 1, D)
+        x = self.attn_norm(run.wanted(x) + self.dropout(self.attn(x, run)))
         return self.mlp_norm(x + self.dropout(self.mlp(x)))
 
 

@@ -58,8 +58,9 @@ def stream(model: Transformer, ids: Any, max_new_tokens: int, *, attention_mask:
         for _ in range(max_new_tokens):
             places = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :] if moved else None
             with no_grad():
-                output = model(ids, cache=cache, attention_mask=mask, position_ids=places, adapter_names=adapter_names)
-                logits = to_host(output[:, -1].data)                               # (B, V)
+                output = model(ids, cache=cache, attention_mask=mask, position_ids=places, adapter_names=adapter_names,
+                               last=True)
+                logits = to_host(output[:, 0].data)                                # (B, V)
             tokens = choose(logits, temperature, top_k, top_p, rng)
             if eos_token_id is not None:
                 tokens[finished] = eos_token_id

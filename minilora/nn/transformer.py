@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,22 +66,23 @@ class Transformer(Module):
 
     def __call__(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None,
                  position_ids: Any = None, adapter_names: Sequence[str] | None = None,
-                 cache: list[KVCache] | None = None) -> Tensor:
+                 cache: list[KVCache] | None = None, last: bool = False) -> Tensor:
         """Logits for token ids (B, T): (B, T, V), or by the config's head (B, n_labels) or (B, T, n_labels).
 
         attention_mask (B, T): 0 marks padding, which nobody attends to. token_type_ids (B, T): BERT's segments, 0 if left
         out. position_ids (B, T): rows of the table of learned positions, where they are not 0, 1, 2 … (behind padding on the
         left, say; rotary positions need none, since they see distances only). adapter_names: for each row of the batch the
         adapter it uses, "__base__" for none. cache: from `new_cache`, for generation: the ids continue the sequence that the
-        cache holds, and attention_mask is for all of it.
+        cache holds, and attention_mask is for all of it. last: only the logits of the last position, (B, 1, V), without the
+        arithmetic for the others that these do not need (transformers' logits_to_keep=1).
 
         Raises IndexError for an id outside the vocabulary, ValueError for a sequence longer than max_len or masks, types,
         positions and names that do not fit the batch.
         """
         with self._rows_use(adapter_names, ids):
             x = self.hidden(ids, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids,
-                            cache=cache)
-            return self.answer(x, attention_mask)
+                            cache=cache, read=self._read(ids, attention_mask, last))
+            return self.answer(x)
 
     def loss(self, ids: Any, targets: Any, *, ignore_index: int = -100, label_smoothing: float = 0.0, groups: int | None = None,
              attention_mask: Any = None, token_type_ids: Any = None, adapter_names: Sequence[str] | None = None) -> Tensor:
@@ -91,14 +93,19 @@ class Transformer(Module):
         """
         counting: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "groups": groups}
         with self._rows_use(adapter_names, ids):
-            x = self.hidden(ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+            x = self.hidden(ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+                            read=self._read(ids, attention_mask))
             if self.head is not None and self.head.plain and not self.head.weight.requires_grad:
                 return linear_cross_entropy(x, self.head.weight, targets, **counting)
-            return cross_entropy(self.answer(x, attention_mask), targets, **counting)
+            return cross_entropy(self.answer(x), targets, **counting)
 
     def hidden(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
-               cache: list[KVCache] | None = None) -> Tensor:
-        """The last hidden states (B, T, D), before the head. Arguments as in calling the model."""
+               cache: list[KVCache] | None = None, read: np.ndarray | None = None) -> Tensor:
+        """The last hidden states (B, T, D), before the head. Arguments as in calling the model.
+
+        read (B,), negative: one position of each row, counted from the end, whose states alone are wanted: (B, 1, D). After it
+        may come nothing but padding. The last layer then does its work for this position only, all but keys and values.
+        """
         shape = np.shape(to_host(ids))
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"ids of shape {shape}, expected (B, T) with at least one token; one sequence is ids[None, :]")
@@ -110,7 +117,7 @@ class Transformer(Module):
                                            ("position_ids", position_ids, self.pos_embed, 'position "learned"')):
             if given is not None and (table is None or np.shape(to_host(given)) != shape):
                 raise ValueError(f"{what} of shape {np.shape(to_host(given))}, expected {shape} and a model with {fields}")
-        run = Run(self._key_mask(attention_mask, (shape[0], start + T)), start, cache)
+        run = Run(self._key_mask(attention_mask, (shape[0], start + T)), start, cache, None if T == 1 else read)
         x = self.embed(to_host(ids))                               # checked there, on the host, once
         if self.pos_embed is not None:
             x = x + self.pos_embed(self.positions(to_host(ids), start) if position_ids is None else to_host(position_ids))
@@ -122,12 +129,13 @@ class Transformer(Module):
         x = self.embed_dropout(x)
         return in_shards(lambda x, rows: self._through(x, run.of(rows)), x, self._shards(x, run))
 
-    def _through(self, x: Tensor, run: Run) -> Tensor:             # (B, T, D) -> (B, T, D)
+    def _through(self, x: Tensor, run: Run) -> Tensor:             # (B, T, D) -> (B, T, D), or (B, 1, D)
         again = self.recompute and run.cache is None
         if again and not all(module.repeatable for _, module in self.named_modules()):
             raise ValueError("recompute with dropout or adapter_names: a second pass would not do the same; use model.eval(), "
                              "dropout 0, or recompute = False")
-        for layer in self.layers:
+        runs = [replace(run, read=None)] * (len(self.layers) - 1) + [run]
+        for layer, run in zip(self.layers, runs):
             x = recomputed(partial(layer, run=run), x) if again else layer(x, run)
         return x if self.final_norm is None else self.final_norm(x)
 
@@ -144,20 +152,27 @@ class Transformer(Module):
         apart = len(shards) == 1 or (run.cache is None and all(module.rowwise for _, module in self.named_modules()))
         return shards if apart else [slice(0, len(x))]
 
-    def lm_logits(self, x: Tensor, mask: Any) -> Tensor:          # (B, T, D) -> (B, T, V)
+    def _read(self, ids: Any, mask: Any, last: bool = False) -> np.ndarray | None:       # (B, T) twice -> (B,)
+        """Where the answer is made from, counted from the end; None: from everywhere. A pooler reads the first position, a
+        classifier without one the last that is no padding."""
+        shape, pooled = np.shape(to_host(ids)), self.pooler is not None and not last
+        if len(shape) != 2 or not (last or self.cfg.head == "sequence"):
+            return None
+        if pooled or last or mask is None:
+            return np.full(shape[0], -shape[1] if pooled else -1)
+        return -1 - np.argmax(to_host(mask)[..., ::-1] != 0, axis=-1)
+
+    def lm_logits(self, x: Tensor) -> Tensor:                     # (B, T, D) -> (B, T, V)
         return self.head(x)
 
-    def token_logits(self, x: Tensor, mask: Any) -> Tensor:       # (B, T, D) -> (B, T, n_labels)
+    def token_logits(self, x: Tensor) -> Tensor:                  # (B, T, D) -> (B, T, n_labels)
         return self.classifier(x)
 
-    def sequence_logits(self, x: Tensor, mask: Any) -> Tensor:    # (B, T, D) -> (B, n_labels)
-        if self.pooler is not None:
-            return self.classifier(POOLERS[self.cfg.pooler](self.pooler(x[:, 0])))
-        T = x.shape[1]
-        last = np.full(x.shape[0], T - 1) if mask is None else T - 1 - np.argmax(to_host(mask)[:, ::-1] != 0, axis=1)
-        return self.classifier(x[np.arange(x.shape[0]), last])
+    def sequence_logits(self, x: Tensor) -> Tensor:               # (B, 1, D) -> (B, n_labels)
+        x = x[:, 0]
+        return self.classifier(x if self.pooler is None else POOLERS[self.cfg.pooler](self.pooler(x)))
 
-    def states(self, x: Tensor, mask: Any) -> Tensor:             # (B, T, D) -> (B, T, D)
+    def states(self, x: Tensor) -> Tensor:                        # (B, T, D) -> (B, T, D)
         return x
 
     def new_cache(self) -> list[KVCache]:

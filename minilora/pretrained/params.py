@@ -18,7 +18,7 @@ from ..methods import BitFitConfig, IA3Config, LoraFAConfig, VeraConfig
 from ..methods.ia3 import FEEDFORWARD
 from ..nn import Embedding, Linear, PackedLinear
 from ..rank.report import text_table
-from .activations import Kept, kept_numbers
+from .activations import Kept, kept_numbers, rows_of
 from .outline import Outline, outline
 
 PRECISIONS = ("float32", "bf16", "4 bits")
@@ -27,7 +27,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations")
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted layer as a method sees it: W (out, in) with or without a bias, and the rank. n: tokens in a batch.
+    """One adapted layer as a method sees it: W (out, in) with or without a bias, and the rank. n: the rows it works on.
 
     rows: of the weight that is formed with the update in it. q, k and v have one together, counted with the first of them.
     """
@@ -176,7 +176,7 @@ def params(source: Any, config: TargetConfig | None, *, batch: int = 1, tokens: 
                   for p in PRECISIONS[:2]}
         return Params(label, "full fine-tuning", {}, base, base, base, batch, tokens, memory)
     layers, kept, trained, frozen = dict[str, dict[str, Any]](), dict[str, Kept](), 0, 0
-    for path, form, layer in _adapted(model, config, batch * tokens):
+    for path, form, layer in _adapted(model, config, batch, tokens):
         count = form.trained(layer)
         trained, frozen, kept[path] = trained + count, frozen + form.frozen(layer), form.kept(layer)
         row = layers.setdefault(path.rpartition(".")[2], {"modules": 0, "shape": [layer.out, layer.inn],
@@ -185,7 +185,7 @@ def params(source: Any, config: TargetConfig | None, *, batch: int = 1, tokens: 
         row["modules"] += 1
         row["trained"] += count
     if config.method == "vera":                            # one pair of matrices for all layers
-        adapted = [layer for _, form, layer in _adapted(model, config, 1) if form is FORMS["vera"]]
+        adapted = [layer for _, form, layer in _adapted(model, config, 1, 1) if form is FORMS["vera"]]
         frozen += adapted[0].r * (max(layer.out for layer in adapted) + max(layer.inn for layer in adapted))
     counted = trained + (frozen if config.method == "lora-fa" else 0)      # the others' frozen factors are no parameters
     memory = {p: _memory(model, p, batch, tokens, trained=trained, frozen=frozen, kept=kept, recompute=recompute)
@@ -193,7 +193,7 @@ def params(source: Any, config: TargetConfig | None, *, batch: int = 1, tokens: 
     return Params(label, _named(config), layers, trained, base + counted, trained + frozen, batch, tokens, memory)
 
 
-def _adapted(model: Outline, config: TargetConfig, n: int) -> Iterable[tuple[str, Form, Layer]]:
+def _adapted(model: Outline, config: TargetConfig, batch: int, tokens: int) -> Iterable[tuple[str, Form, Layer]]:
     """(path, method, layer) of everything that trains. Raises ValueError as add_adapter does."""
     if config.method not in FORMS:
         raise ValueError(f"method {config.method!r} is not counted here, expected one of {', '.join(FORMS)}: add_adapter and "
@@ -216,10 +216,10 @@ def _adapted(model: Outline, config: TargetConfig, n: int) -> Iterable[tuple[str
         whole = packed.get(id(layer), layer)
         rows = 0 if id(whole) in counted else whole.packed_weight.shape[0] if isinstance(whole, PackedLinear) else d
         counted.add(id(whole))
-        yield path, FORMS[config.method], Layer(d, k, bias, r, n, rows, on_input)
+        yield path, FORMS[config.method], Layer(d, k, bias, r, rows_of(model.cfg, path, batch, tokens), rows, on_input)
     for path, _, layer in layers_to_save(model, config):
         d, k = layer.weight.shape
-        yield path, FORMS["full"], Layer(d, k, getattr(layer, "bias", None) is not None, 0, n)
+        yield path, FORMS["full"], Layer(d, k, getattr(layer, "bias", None) is not None, 0, batch * tokens)
 
 
 def _named(config: TargetConfig) -> str:
