@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.autograd import Tensor, concatenate, exp, getitem, log, matmul, stack, tanh, where
+from minilora.autograd import Tensor, concatenate, exp, log, matmul, stack, tanh, where
 from minilora.backend import device_of, to_device
 
 
@@ -50,7 +50,7 @@ def cross_entropy(logits: Tensor, targets: np.ndarray, ignore_index: int = -100,
         counted = [n for n in part if targets[n] != ignore_index]
         q = np.full((len(counted), V), label_smoothing / V)
         q[np.arange(len(counted)), targets[counted]] += 1.0 - label_smoothing
-        total = -(getitem(logp, np.array(counted)) * constant(q, logits)).sum()
+        total = -(logp[np.array(counted)] * constant(q, logits)).sum()
         means.append(total * (1.0 / len(counted)))
     return means[0] if groups is None else stack(means)
 
@@ -108,7 +108,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, key_mask
     B, H, T, hd = q.shape
     KV, S = k.shape[1:3]
     repeated = np.repeat(np.arange(KV), H // KV)               # head h uses key head h // (H/KV)
-    k, v = (getitem(a, (slice(None), repeated)) for a in (k, v))
+    k, v = (a[:, repeated] for a in (k, v))
     seen = np.ones((B, 1, T, S), dtype=bool)
     for b, i, j in np.ndindex(B, T, S):
         later = causal and j > i + (S - T)

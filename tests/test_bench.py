@@ -223,7 +223,8 @@ def test_the_products_of_a_sweep_in_closed_form(device, tmp_path):
 def test_the_products_of_decoding_in_closed_form(tmp_path):
     case = replace(SMALL, kind="decode", batch=1, tokens=2, new_tokens=2, targets=())
     d, f, v, positions = 8, 32, 11, 2 + 1                  # the prompt, then all but the last new token
-    assert counted(case, tmp_path) == positions * d * (3 * d + d + 2 * f + v)
+    read = positions - 1                                   # of the prompt only the last: q, k and v for all, the rest for it
+    assert counted(case, tmp_path) == d * (positions * 3 * d + read * (d + 2 * f + v))
 
 
 @pytest.mark.parametrize("a, b, ta, tb, expected", [

@@ -1,18 +1,15 @@
 """Tensor, the ops with their gradients, and gradcheck. Read tensor.py first, then arithmetic.py, then the fused ops."""
 
 from .functions import (
-    add,
     attention,
     concatenate,
     cross_entropy,
-    divide,
     dropout,
     embedding,
     exp,
     feed_forward,
     gelu,
     gelu_tanh,
-    getitem,
     layer_norm,
     linear,
     linear_cross_entropy,
@@ -20,12 +17,6 @@ from .functions import (
     log_softmax,
     lora_linear,
     matmul,
-    max,
-    mean,
-    multiply,
-    negate,
-    power,
-    reshape,
     rms_norm,
     rotary,
     silu,
@@ -33,19 +24,15 @@ from .functions import (
     split,
     sqrt,
     stack,
-    subtract,
-    sum,
     swiglu,
     tanh,
-    transpose,
     where,
 )
 from .gradcheck import GradcheckError, gradcheck
 from .segments import in_shards, recomputed
 from .tensor import Op, Tensor, no_grad, tensor
 
-__all__ = ["GradcheckError", "Op", "Tensor", "add", "attention", "concatenate", "cross_entropy", "divide", "dropout",
-           "embedding", "exp", "feed_forward", "gelu", "gelu_tanh", "getitem", "gradcheck", "in_shards", "layer_norm", "linear",
-           "linear_cross_entropy", "log", "log_softmax", "lora_linear", "matmul", "max", "mean", "multiply", "negate",
-           "no_grad", "power", "recomputed", "reshape", "rms_norm", "rotary", "silu", "softmax", "split", "sqrt", "stack",
-           "subtract", "sum", "swiglu", "tanh", "tensor", "transpose", "where"]
+__all__ = ["GradcheckError", "Op", "Tensor", "attention", "concatenate", "cross_entropy", "dropout", "embedding", "exp",
+           "feed_forward", "gelu", "gelu_tanh", "gradcheck", "in_shards", "layer_norm", "linear", "linear_cross_entropy",
+           "log", "log_softmax", "lora_linear", "matmul", "no_grad", "recomputed", "rms_norm", "rotary", "silu", "softmax",
+           "split", "sqrt", "stack", "swiglu", "tanh", "tensor", "where"]

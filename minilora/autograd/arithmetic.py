@@ -145,7 +145,7 @@ class Sum(Op):
         return a.sum(axis=self.axis, keepdims=self.keepdims)
 
     def backward(self, dy):
-        return array_module(dy).broadcast_to(restore_axes(dy, self.kept, self.axis, self.keepdims), self.kept)
+        return array_module(dy).broadcast_to(restore_axes(dy, self.axis, self.keepdims), self.kept)
 
 
 class Max(Op):
@@ -156,18 +156,15 @@ class Max(Op):
 
     def forward(self, a):
         y = a.max(axis=self.axis, keepdims=True)
-        self.keep(a == y, a.shape)
+        self.keep(a == y)
         return y if self.keepdims else y.squeeze(self.axis)
 
     def backward(self, dy):
-        largest, shape = self.kept
+        largest = self.kept
         winners = largest.sum(axis=self.axis, keepdims=True).astype(dy.dtype)
-        return restore_axes(dy, shape, self.axis, self.keepdims) / winners * largest
+        return restore_axes(dy, self.axis, self.keepdims) / winners * largest
 
 
-def restore_axes(dy: Any, shape: tuple[int, ...], axis: Any, keepdims: bool) -> Any:
-    """Give a reduced array its summed axes back with length 1, so that it broadcasts against `shape`."""
-    if keepdims:
-        return dy
-    axes = range(len(shape)) if axis is None else [a % len(shape) for a in ((axis,) if isinstance(axis, int) else axis)]
-    return dy.reshape(tuple(1 if i in axes else n for i, n in enumerate(shape)))
+def restore_axes(dy: Any, axis: Any, keepdims: bool) -> Any:
+    """Give a reduced array its summed axes back with length 1. (One that was summed over all, 0-d, broadcasts as it is.)"""
+    return dy if keepdims or axis is None else array_module(dy).expand_dims(dy, axis)

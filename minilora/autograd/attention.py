@@ -43,8 +43,6 @@ class Attention(Op):
         self.causal, self.key_mask, self.scale = causal, key_mask, scale
 
     def forward(self, q, k, v):                                 # (B, H, T, hd), (B, KV, S, hd) twice -> (B, H, T, hd)
-        if self.scale is None:
-            self.scale = q.shape[-1] ** -0.5
         o, lse = kernels(q, k, v).attention(q, k, v, self.causal, self.key_mask, self.scale)
         self.keep(q, k, v, o, lse)
         return o

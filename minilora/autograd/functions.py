@@ -5,7 +5,6 @@ Plain arrays and Python numbers are welcome as constants. Shapes stand beside ea
 
 from __future__ import annotations
 
-import builtins
 from typing import Any
 
 from ..backend import Array, device_of, to_device, to_host
@@ -13,38 +12,6 @@ from . import activations, arithmetic, fused, shaping
 from . import attention as _attention
 from . import linear as _linear
 from .tensor import Tensor
-
-
-def add(a: Any, b: Any) -> Tensor:
-    """a + b, with broadcasting."""
-    return arithmetic.Add()(a, b)
-
-
-def subtract(a: Any, b: Any) -> Tensor:
-    """a - b, with broadcasting."""
-    return arithmetic.Subtract()(a, b)
-
-
-def multiply(a: Any, b: Any) -> Tensor:
-    """a b elementwise, with broadcasting."""
-    return arithmetic.Multiply()(a, b)
-
-
-def divide(a: Any, b: Any) -> Tensor:
-    """a / b elementwise, with broadcasting."""
-    return arithmetic.Divide()(a, b)
-
-
-def negate(a: Any) -> Tensor:
-    """-a."""
-    return arithmetic.Negate()(a)
-
-
-def power(a: Any, exponent: float) -> Tensor:
-    """a to a constant power."""
-    if not isinstance(exponent, (int, float)):
-        raise TypeError(f"the exponent must be a Python number, got {type(exponent).__name__}: use exp(b * log(a))")
-    return arithmetic.Power(float(exponent))(a)
 
 
 def exp(a: Any) -> Tensor:
@@ -75,50 +42,6 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
     return arithmetic.Where()(condition != 0, a, b)
 
 
-def sum(a: Any, axis: Any = None, keepdims: bool = False) -> Tensor:
-    """Σ a over an axis, several axes, or all (None)."""
-    return arithmetic.Sum(axis, keepdims)(a)
-
-
-def mean(a: Any, axis: Any = None, keepdims: bool = False) -> Tensor:
-    """The mean over an axis, several axes, or all (None)."""
-    total = sum(a, axis, keepdims)
-    return total * (total.size / a.size)
-
-
-def max(a: Any, axis: Any = None, keepdims: bool = False) -> Tensor:
-    """The maximum over an axis, several axes, or all (None). Elements that tie share the gradient."""
-    return arithmetic.Max(axis, keepdims)(a)
-
-
-def reshape(a: Any, shape: tuple[int, ...] | int) -> Tensor:
-    """The same numbers in another shape; one length may be -1."""
-    shape = shape[0] if isinstance(shape, tuple) and len(shape) == 1 and isinstance(shape[0], tuple) else shape
-    return shaping.Reshape(shape)(a)
-
-
-def transpose(a: Any, axes: tuple[int, ...] | None = None) -> Tensor:
-    """Axes in another order; None reverses them."""
-    axes = axes[0] if axes and isinstance(axes[0], tuple) else axes
-    return shaping.Transpose(axes)(a)
-
-
-def getitem(a: Tensor, index: Any) -> Tensor:
-    """a[index] for integers, slices, None, ... and integer arrays. Repeated indices add up in the gradient."""
-    device = device_of(a.data).name
-
-    def place(part: Any) -> Any:
-        if part is None or part is Ellipsis or isinstance(part, (int, slice)):
-            return part
-        part = to_device(part.data if isinstance(part, Tensor) else part, device)
-        if part.dtype.kind not in "iu":
-            raise TypeError(f"an index array must hold integers, got {part.dtype}: for masks use where(condition, a, b)")
-        return part
-
-    index = tuple(place(p) for p in index) if isinstance(index, tuple) else place(index)
-    return shaping.GetItem(index)(a)
-
-
 def concatenate(tensors: list[Any], axis: int = 0) -> Tensor:
     """Tensors joined along an axis."""
     return shaping.Concatenate(axis)(*tensors)
@@ -131,8 +54,8 @@ def stack(tensors: list[Any], axis: int = 0) -> Tensor:
 
 def split(a: Any, sizes: list[int]) -> tuple[Tensor, ...]:
     """Views of consecutive parts along the last axis: (..., Σ sizes) -> (..., size_0), (..., size_1), …"""
-    if builtins.sum(sizes) != a.shape[-1]:
-        raise ValueError(f"sizes {sizes} add up to {builtins.sum(sizes)}, expected the last axis, {a.shape[-1]}")
+    if sum(sizes) != a.shape[-1]:
+        raise ValueError(f"sizes {sizes} add up to {sum(sizes)}, expected the last axis, {a.shape[-1]}")
     return shaping.Split(sizes)(a)
 
 
@@ -209,7 +132,7 @@ def cross_entropy(logits: Any, targets: Any, *, ignore_index: int = -100, label_
     """
     V = logits.shape[-1]
     op = _cross_entropy(fused.CrossEntropy, logits, V, targets, ignore_index, label_smoothing, groups)
-    return op(logits.reshape(-1, V))
+    return op(logits.reshape(-1, V)).reshape((groups,) if groups else ())
 
 
 def linear_cross_entropy(x: Any, W: Any, targets: Any, *, ignore_index: int = -100, label_smoothing: float = 0.0,
@@ -219,7 +142,7 @@ def linear_cross_entropy(x: Any, W: Any, targets: Any, *, ignore_index: int = -1
     Arguments and errors as for `cross_entropy`; ValueError if W requires a gradient.
     """
     op = _cross_entropy(fused.LinearCrossEntropy, x, W.shape[0], targets, ignore_index, label_smoothing, groups)
-    return op(x.reshape(-1, x.shape[-1]), W)
+    return op(x.reshape(-1, x.shape[-1]), W).reshape((groups,) if groups else ())
 
 
 def _cross_entropy(kind: Any, x: Any, V: int, targets: Any, ignore_index: int, label_smoothing: float,
@@ -233,13 +156,13 @@ def _cross_entropy(kind: Any, x: Any, V: int, targets: Any, ignore_index: int, l
     host = host.reshape(-1)
     counted = host != ignore_index
     check_ids(host[counted], V, x)
-    counts = counted.reshape(groups or 1, -1).sum(axis=1, keepdims=True)
+    counted = counted.reshape(groups or 1, -1)
+    counts = counted.sum(axis=1, keepdims=True)
     if not counts.all():
         raise ValueError(f"no target counts: all are ignore_index ({ignore_index}); is there a label in every batch?")
-    weights = (counted.reshape(groups or 1, -1) / counts).reshape(-1)
+    weights = counted / counts                                      # (K, N/K)
     device = device_of(x.data if isinstance(x, Tensor) else x).name
-    return kind(to_device(host.astype("int64"), device), to_device(weights.astype(x.dtype), device), float(label_smoothing),
-                groups)
+    return kind(to_device(host.astype("int64"), device), to_device(weights.astype(x.dtype), device), float(label_smoothing))
 
 
 def layer_norm(x: Any, w: Any, b: Any, eps: float = 1e-5) -> Tensor:
@@ -296,4 +219,4 @@ def attention(q: Any, k: Any, v: Any, *, causal: bool = False, key_mask: Any = N
         raise ValueError(f"causal attention with {q.shape[2]} queries but only {k.shape[2]} keys: the first queries see none")
     if key_mask is not None and key_mask.shape != (k.shape[0], k.shape[2]):
         raise ValueError(f"key_mask of shape {key_mask.shape}, expected {(k.shape[0], k.shape[2])}, one entry for each key")
-    return _attention.Attention(causal, key_mask, None if scale is None else float(scale))(q, k, v)
+    return _attention.Attention(causal, key_mask, q.shape[-1] ** -0.5 if scale is None else float(scale))(q, k, v)

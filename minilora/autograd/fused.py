@@ -47,52 +47,41 @@ class CrossEntropy(Op):
     The loss is Σ_n w_n ℓ_n, with w_n = 1/(number of counted rows), and 0 for a row whose target is `ignore_index`. So
     x̄_n = w_n (p_n - q_n) ȳ. The logits and one number a row (log Σ exp) are kept; p is computed again in backward.
 
-    With `groups` = K the rows are K equal groups, each with its own mean: the losses of K adapters side by side, shape (K,).
+    The rows are K equal groups, each with its own mean: one group, or the losses of K adapters side by side.
     """
 
-    def __init__(self, targets: Any, weights: Any, label_smoothing: float = 0.0, groups: int | None = None) -> None:
-        self.targets, self.weights = targets, weights           # (N,) integers, (N,) weights w
-        self.label_smoothing, self.groups = label_smoothing, groups
+    def __init__(self, targets: Any, weights: Any, label_smoothing: float = 0.0) -> None:
+        self.targets, self.weights, self.label_smoothing = targets, weights, label_smoothing       # (N,) integers, (K, N/K) w
 
-    def forward(self, logits):                                  # (N, V) -> () or (K,)
+    def forward(self, logits):                                  # (N, V) -> (K,)
         losses, lse = kernels(logits).cross_entropy(logits, self.targets, self.label_smoothing)
         self.keep(logits, lse)
-        weighted = losses * self.weights
-        return weighted.sum() if self.groups is None else weighted.reshape(self.groups, -1).sum(axis=1)
+        return (losses.reshape(self.weights.shape) * self.weights).sum(axis=1)
 
-    def backward(self, dy):                                     # () or (K,) -> (N, V)
+    def backward(self, dy):                                     # (K,) -> (N, V)
         logits, lse = self.kept
-        if self.groups is None:
-            weights = self.weights * dy
-        else:
-            weights = (self.weights.reshape(self.groups, -1) * dy[:, None]).reshape(-1)
+        weights = (self.weights * dy[:, None]).reshape(-1)
         return kernels(logits).cross_entropy_grad(logits, lse, self.targets, weights, self.label_smoothing)
 
 
-class LinearCrossEntropy(Op):
+class LinearCrossEntropy(CrossEntropy):
     """CrossEntropy of the logits x Wᵀ for a frozen W (V, D), as one op, so that the (N, V) logits never lie in memory at once.
 
     x̄_n = w_n (p_n - q_n) W ȳ is a number ȳ times what the logits say. So it is worked out without ȳ in the forward pass, while
     a block's logits are there, and only that (N, D) array is kept.
     """
 
-    def __init__(self, targets: Any, weights: Any, label_smoothing: float = 0.0, groups: int | None = None) -> None:
-        self.targets, self.weights = targets, weights           # as for CrossEntropy
-        self.label_smoothing, self.groups = label_smoothing, groups
-
-    def forward(self, x, W):                                    # (N, D), (V, D) -> () or (K,)
+    def forward(self, x, W):                                    # (N, D), (V, D) -> (K,)
         if self.needs[1]:
             raise ValueError("LinearCrossEntropy with a weight that requires a gradient: use cross_entropy(linear(x, W), …)")
-        losses, dx = kernels(x).linear_cross_entropy(x, W, self.targets, self.weights, self.label_smoothing, self.needs[0])
+        weights = self.weights.reshape(-1)
+        losses, dx = kernels(x).linear_cross_entropy(x, W, self.targets, weights, self.label_smoothing, self.needs[0])
         self.keep(dx)
-        weighted = losses * self.weights
-        return weighted.sum() if self.groups is None else weighted.reshape(self.groups, -1).sum(axis=1)
+        return (losses.reshape(self.weights.shape) * self.weights).sum(axis=1)
 
-    def backward(self, dy):                                     # () or (K,) -> (N, D)
+    def backward(self, dy):                                     # (K,) -> (N, D)
         dx = self.kept
-        if self.groups is None:
-            return dx * dy, None
-        return (dx.reshape(self.groups, -1, dx.shape[-1]) * dy[:, None, None]).reshape(dx.shape), None
+        return (dx.reshape(len(dy), -1, dx.shape[-1]) * dy[:, None, None]).reshape(dx.shape), None
 
 
 class LayerNorm(Op):

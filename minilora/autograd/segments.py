@@ -10,6 +10,8 @@ one at a time has its activations in memory (Chen et al. 2016, arXiv:1604.06174)
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import Any
 
 from ..backend import array_module, kernels
@@ -58,7 +60,7 @@ class Shards(Op):
 
         kernels(dy).side_by_side(run, range(len(self.shards)))
         dx = array_module(dy).concatenate([g[x] for g, x in zip(gradients, inputs)]) if self.needs[0] else None
-        return dx, *(total([g[leaf] for g in gradients if leaf in g]) for leaf in leaves)
+        return dx, *(reduce(add, [g[leaf] for g in gradients if leaf in g]) for leaf in leaves)
 
 
 def recomputed(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -94,13 +96,6 @@ class Recomputed(Op):
             raise RuntimeError("recomputed: the second run of the function used other parameters than the first; was an "
                                "adapter switched on or off, or frozen, between the forward pass and backward?")
         return gradients[x] if self.needs[0] else None, *(gradients[leaf] for leaf in self.leaves)
-
-
-def total(arrays: list[Any]) -> Any:
-    result = arrays[0]
-    for array in arrays[1:]:
-        result = result + array
-    return result
 
 
 def adding_to(gradients: dict[Tensor, Any]) -> Callable[[Tensor, Any, Any], None]:

@@ -16,26 +16,26 @@ class Reshape(Op):
 
     def forward(self, a):
         self.keep(a.shape)
-        return a.reshape(self.shape)
+        return a.reshape(*self.shape)            # (2, 3) or ((2, 3),)
 
     def backward(self, dy):
         return dy.reshape(self.kept)
 
 
 class Transpose(Op):
-    """Axes in another order (None: reversed). The gradient takes the inverse order."""
+    """Axes in another order (none given: reversed). The gradient takes the inverse order."""
 
-    def __init__(self, axes: tuple[int, ...] | None = None) -> None:
+    def __init__(self, axes: tuple[Any, ...] = ()) -> None:
         self.axes = axes
 
     def forward(self, a):
-        return a.transpose(self.axes) if self.axes else a.transpose()
+        axes = self.axes[0] if self.axes and isinstance(self.axes[0], tuple) else self.axes      # (0, 2, 1) or ((0, 2, 1),)
+        self.keep(axes or tuple(reversed(range(a.ndim))))
+        return a.transpose(self.kept)
 
     def backward(self, dy):
-        if not self.axes:
-            return dy.transpose()
-        n = len(self.axes)
-        return dy.transpose(tuple(sorted(range(n), key=lambda i: self.axes[i] % n)))
+        axes, n = self.kept, dy.ndim
+        return dy.transpose(tuple(sorted(range(n), key=lambda i: axes[i] % n)))
 
 
 class GetItem(Op):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -26,11 +26,9 @@ _grad_enabled: ContextVar[bool] = ContextVar("grad_enabled", default=True)
 _order = itertools.count()
 
 
-@contextmanager
-def no_grad() -> Iterator[None]:
+def no_grad() -> AbstractContextManager[None]:
     """Inside this block no graph is recorded: results have requires_grad=False and nothing is kept for a backward pass."""
-    with recording(False):
-        yield
+    return recording(False)
 
 
 @contextmanager
@@ -179,27 +177,27 @@ class Tensor:
 
         pullback(self, grad, retain_graph, _accumulate)
 
-    # Python's signs and the array methods, each one Op of functions.py.
+    # Python's signs and the array methods, each one Op.
     def __add__(self, other: Any) -> Tensor:
-        return functions.add(self, other)
+        return arithmetic.Add()(self, other)
 
     def __sub__(self, other: Any) -> Tensor:
-        return functions.subtract(self, other)
+        return arithmetic.Subtract()(self, other)
 
     def __mul__(self, other: Any) -> Tensor:
-        return functions.multiply(self, other)
+        return arithmetic.Multiply()(self, other)
 
     def __truediv__(self, other: Any) -> Tensor:
-        return functions.divide(self, other)
+        return arithmetic.Divide()(self, other)
 
     def __matmul__(self, other: Any) -> Tensor:
         return functions.matmul(self, other)
 
     def __rsub__(self, other: Any) -> Tensor:
-        return functions.subtract(other, self)
+        return arithmetic.Subtract()(other, self)
 
     def __rtruediv__(self, other: Any) -> Tensor:
-        return functions.divide(other, self)
+        return arithmetic.Divide()(other, self)
 
     def __rmatmul__(self, other: Any) -> Tensor:
         return functions.matmul(other, self)
@@ -207,28 +205,43 @@ class Tensor:
     __radd__, __rmul__ = __add__, __mul__
 
     def __neg__(self) -> Tensor:
-        return functions.negate(self)
+        return arithmetic.Negate()(self)
 
     def __pow__(self, exponent: float) -> Tensor:
-        return functions.power(self, exponent)
+        if not isinstance(exponent, (int, float)):
+            raise TypeError(f"the exponent must be a Python number, got {type(exponent).__name__}: use exp(b * log(a))")
+        return arithmetic.Power(float(exponent))(self)
 
     def __getitem__(self, index: Any) -> Tensor:
-        return functions.getitem(self, index)
+        """self[index] for integers, slices, None, ... and integer arrays. Repeated indices add up in the gradient."""
+        device = device_of(self.data).name
+
+        def place(part: Any) -> Any:
+            if part is None or part is Ellipsis or isinstance(part, (int, slice)):
+                return part
+            part = to_device(part.data if isinstance(part, Tensor) else part, device)
+            if part.dtype.kind not in "iu":
+                raise TypeError(f"an index array must hold integers, got {part.dtype}: for masks use where(condition, a, b)")
+            return part
+
+        index = tuple(place(p) for p in index) if isinstance(index, tuple) else place(index)
+        return shaping.GetItem(index)(self)
 
     def sum(self, axis: Any = None, keepdims: bool = False) -> Tensor:
-        return functions.sum(self, axis, keepdims)
+        return arithmetic.Sum(axis, keepdims)(self)
 
     def mean(self, axis: Any = None, keepdims: bool = False) -> Tensor:
-        return functions.mean(self, axis, keepdims)
+        total = self.sum(axis, keepdims)
+        return total * (total.size / self.size)
 
     def max(self, axis: Any = None, keepdims: bool = False) -> Tensor:
-        return functions.max(self, axis, keepdims)
+        return arithmetic.Max(axis, keepdims)(self)
 
     def reshape(self, *shape: int) -> Tensor:
-        return functions.reshape(self, shape)
+        return shaping.Reshape(shape)(self)
 
     def transpose(self, *axes: int) -> Tensor:
-        return functions.transpose(self, axes or None)
+        return shaping.Transpose(axes)(self)
 
 
 def pullback(y: Tensor, dy: Array, retain_graph: bool, deliver: Callable[[Tensor, Array, list[Array | None]], None]) -> None:
@@ -321,4 +334,4 @@ def _check_inputs(op: Op, arrays: tuple[Any, ...]) -> Any:
     return device
 
 
-from . import functions  # noqa: E402  at the end, because the Ops need Tensor and Op first
+from . import arithmetic, functions, shaping  # noqa: E402  at the end, because the Ops need Tensor and Op first

@@ -28,7 +28,8 @@ def erf(xp: Any, x: Any) -> Any:
     if x.dtype.kind == "c":
         raise TypeError("erf has no complex form here: check functions with the exact GELU by central differences")
     if x.dtype.itemsize < 8:
-        return tanh_erf(xp, xp.clip(x, -TANH_LIMIT, TANH_LIMIT))
+        x = xp.clip(x, -TANH_LIMIT, TANH_LIMIT)
+        return xp.tanh(x * horner(TANH_POLYNOMIAL, x * x))
     a = abs(x)
     t = 2.0 / (2.0 + a)
     z = 4.0 * t - 2.0                                      # twice the argument of the Chebyshev polynomials
@@ -39,13 +40,9 @@ def erf(xp: Any, x: Any) -> Any:
     return xp.sign(x) * (1.0 - tail)
 
 
-def tanh_erf(xp: Any, x: Any) -> Any:
-    """The float32 form for |x| ≤ 3.9, by Horner's rule in place."""
-    square = x * x
-    y = square * TANH_POLYNOMIAL[-1]
-    for c in TANH_POLYNOMIAL[-2:0:-1]:
-        y += c
-        y *= square
-    y += TANH_POLYNOMIAL[0]
-    y *= x
-    return xp.tanh(y, out=y) if y.ndim else xp.tanh(y)
+def horner(coefficients: tuple[float, ...], s: Any) -> Any:
+    """c_0 + c_1 s + c_2 s² + …"""
+    y: Any = coefficients[-1]
+    for c in coefficients[-2::-1]:
+        y = y * s + c
+    return y

@@ -232,8 +232,8 @@ def loss_and_gradient(smoothing: float, x: Array, target: Array, weight: Array, 
 
 
 def row_blocks(n: int) -> list[slice]:
-    """How products share out n rows: by n alone, so that the bits of a row do not depend on which op multiplies it."""
-    return spans(n, min(ROWS, -(-n // workers())))
+    """How products share out n rows, one way for all ops, so that the bits of a row do not depend on which op multiplies it."""
+    return spans(n, ROWS if working() else min(ROWS, -(-n // workers())))
 
 
 def for_blas(a: Array) -> Array:

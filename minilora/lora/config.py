@@ -109,12 +109,13 @@ def find_targets(model: Transformer, config: TargetConfig) -> list[tuple[str, tu
 
     Raises ValueError if a name or pattern matches nothing, or no module is left.
     """
-    candidates = module_names(model)
+    candidates, modules = module_names(model), dict[str, Any](model.named_modules())
     targets = config.target_modules
     if targets is None:
         targets = config.default_targets(model.cfg.model_type)
     if targets == "all-linear":
-        chosen = _all_linear(model, candidates)
+        chosen = {path for path in candidates if isinstance(modules[path], Linear) and path not in ("head", "classifier")}
+        chosen -= _matched_twice(model, ".*", candidates, chosen)
     else:
         chosen = {path for path, names in candidates.items() if matches(targets, names)}
         if isinstance(targets, str):
@@ -129,7 +130,6 @@ def find_targets(model: Transformer, config: TargetConfig) -> list[tuple[str, tu
     chosen = in_layers(chosen, config.layers_to_transform)
     if not chosen:
         raise ValueError("no module is left to adapt: look at target_modules, exclude_modules and layers_to_transform")
-    modules: dict[str, Any] = dict(model.named_modules())
     return [(path, names, modules[path]) for path, names in candidates.items() if path in chosen]
 
 
@@ -152,22 +152,6 @@ def _matched_twice(model: Transformer, regex: str, candidates: dict[str, tuple[s
         if path in chosen and blocks:
             out |= blocks if matches(regex, candidates[path][1:]) else {path}
     return out
-
-
-def _all_linear(model: Transformer, candidates: dict[str, tuple[str, ...]]) -> set[str]:
-    """Every Linear but head and classifier. q, k and v count as the files have them: packed (GPT-2) or apart."""
-    modules, files = dict(model.named_modules()), file_names(model.cfg)
-    packed_in_files = any(path.endswith("qkv_proj") for path in files)
-    blocks = {id(b) for m in modules.values() if isinstance(m, PackedLinear) for b in m.blocks.values()}
-    chosen = set()
-    for path in candidates:
-        module = modules[path]
-        if not isinstance(module, Linear) or path in ("head", "classifier"):
-            continue
-        packed = isinstance(module, PackedLinear)
-        if packed == packed_in_files or not (packed or id(module) in blocks):
-            chosen.add(path)
-    return chosen
 
 
 def in_layers(paths: set[str], layers: list[int] | int | None) -> set[str]:

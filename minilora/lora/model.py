@@ -126,9 +126,9 @@ def merge_adapter(model: Transformer) -> None:
     """
     results = []
     for layer in _products(model):
-        with no_grad(), np.errstate(all="ignore"):
-            values = _merged(layer)
-        if values is not None:
+        if terms := working_terms(layer):
+            with no_grad(), np.errstate(all="ignore"):
+                values = [t.data for t in adapted(layer, [t[:2] for t in terms]) if t is not None]
             if not isinstance(layer.weight, Tensor):
                 raise ValueError("merge: got a quantised base weight, expected a dense one: rounding again loses the update")
             if len(values) != len(_arrays(layer)):
@@ -232,24 +232,12 @@ def _hung_on(layer: Any) -> list[Adaptation]:
 
 def _arrays(layer: Any) -> list[Any]:
     """The base's own arrays of a layer."""
-    if isinstance(layer, PackedLinear):
-        arrays = [layer.packed_weight, layer.packed_bias]
-    else:
-        arrays = [layer.weight.data, None if layer.bias is None else layer.bias.data]
-    return [a for a in arrays if a is not None]
+    return [t.data for t in (layer.weight, layer.bias) if t is not None]
 
 
 def _write(layer: Any, values: list[Any]) -> None:
     for array, value in zip(_arrays(layer), values, strict=True):
         array[...] = value
-
-
-def _merged(layer: Any) -> list[Any] | None:
-    """The arrays that the layer has with its active adapters on, or None if none is at work."""
-    terms = working_terms(layer)
-    if not terms:
-        return None
-    return [t.data for t in adapted(layer, [(block, adapter) for block, adapter, _ in terms]) if t is not None]
 
 
 def _check_names(model: Transformer, names: list[str]) -> None:

@@ -46,12 +46,11 @@ class TripletBudget:
 
     def orthogonality(self) -> Tensor:
         """R: Σ (‖PᵀP - I‖²_F + ‖QQᵀ - I‖²_F) of the paper, or PEFT's mean of ‖·‖_F over all matrices."""
-        total: Any = 0.0
-        matrices = [m for a in self.adapters.values() for m in (a.lora_A, a.lora_B.T)]
-        for m in matrices:                                 # rows that should be orthonormal
-            square = from_orthonormal(m, array_module(m.data).eye(m.shape[0], dtype=m.dtype))
-            total = (square if self.config.orth_reg == "paper" else sqrt(square)) + total
-        return total if self.config.orth_reg == "paper" else total * (1.0 / len(matrices))
+        matrices = [m for a in self.adapters.values() for m in (a.lora_A, a.lora_B.T)]         # rows that should be orthonormal
+        squares: Any = [from_orthonormal(m, array_module(m.data).eye(m.shape[0], dtype=m.dtype)) for m in matrices]
+        if self.config.orth_reg == "paper":
+            return sum(squares[1:], squares[0])
+        return sum(map(sqrt, squares[1:]), sqrt(squares[0])) * (1.0 / len(matrices))
 
     def after(self, step: int) -> None:
         """After update number `step` (from 1), with its gradients still in place: score, and choose when it is due."""

@@ -92,7 +92,6 @@ class VirtualTokens(Transformer):
     def __init__(self, model: Transformer) -> None:
         vars(self).update(vars(model))
         self.embed = RoomInFront(model.embed, model.cfg)
-        self.answer = getattr(self, model.answer.__name__)
 
     def hidden(self, ids: Any, *, attention_mask: Any = None, token_type_ids: Any = None, position_ids: Any = None,
                cache: Any = None, read: np.ndarray | None = None) -> Tensor:

@@ -76,17 +76,14 @@ class PackedLinear(Linear):
     @property
     def weight(self) -> Any:
         """The packed weight: with gradients for the blocks that require one, else a constant."""
-        weights = [b.weight for b in self.blocks.values()]
-        trained = any(w.requires_grad for w in weights)
-        return RowBlocks(self.packed_weight)(*weights) if trained else Tensor(self.packed_weight)
+        return self._whole(self.packed_weight, [b.weight for b in self.blocks.values()])
 
     @property
     def bias(self) -> Tensor | None:
-        if self.packed_bias is None:
-            return None
-        biases = [b.bias for b in self.blocks.values()]
-        trained = any(b.requires_grad for b in biases)
-        return RowBlocks(self.packed_bias)(*biases) if trained else Tensor(self.packed_bias)
+        return None if self.packed_bias is None else self._whole(self.packed_bias, [b.bias for b in self.blocks.values()])
+
+    def _whole(self, buffer: Array, parts: list[Parameter]) -> Tensor:
+        return RowBlocks(buffer)(*parts) if any(p.requires_grad for p in parts) else Tensor(buffer)
 
     def parts(self) -> list[tuple[slice, Any]]:
         slices = self._slices()

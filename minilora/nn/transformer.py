@@ -59,8 +59,6 @@ class Transformer(Module):
             self.pooler = init.linear(D, D, True)
         if cfg.n_labels is not None and cfg.head != "lm":
             self.classifier = init.linear(D, cfg.n_labels, not cfg.causal)
-        self.answer = {"lm": self.lm_logits, "sequence": self.sequence_logits, "token": self.token_logits,
-                       "none": self.states}[cfg.head]
         self.adapter_configs: dict[str, Any] = {}                  # by adapter name, kept by lora/
         self.drawn: list[str] = []                                 # parameters that a checkpoint did not hold, by pretrained/
 
@@ -162,18 +160,13 @@ class Transformer(Module):
             return np.full(shape[0], -shape[1] if pooled else -1)
         return -1 - np.argmax(to_host(mask)[..., ::-1] != 0, axis=-1)
 
-    def lm_logits(self, x: Tensor) -> Tensor:                     # (B, T, D) -> (B, T, V)
-        return self.head(x)
-
-    def token_logits(self, x: Tensor) -> Tensor:                  # (B, T, D) -> (B, T, n_labels)
-        return self.classifier(x)
-
-    def sequence_logits(self, x: Tensor) -> Tensor:               # (B, 1, D) -> (B, n_labels)
-        x = x[:, 0]
-        return self.classifier(x if self.pooler is None else POOLERS[self.cfg.pooler](self.pooler(x)))
-
-    def states(self, x: Tensor) -> Tensor:                        # (B, T, D) -> (B, T, D)
-        return x
+    def answer(self, x: Tensor) -> Tensor:
+        """What the config's head makes of the last hidden states: (B, T, D), or for a classifier of sequences (B, 1, D)."""
+        if self.cfg.head == "none":
+            return x
+        if self.cfg.head == "sequence":
+            x = x[:, 0] if self.pooler is None else POOLERS[self.cfg.pooler](self.pooler(x[:, 0]))
+        return (self.head or self.classifier)(x)
 
     def new_cache(self) -> list[KVCache]:
         """An empty key-value cache for `model(ids, cache=...)`."""
@@ -202,7 +195,4 @@ class Transformer(Module):
     def _key_mask(self, mask: Any, shape: tuple[int, int]) -> Array | None:
         if mask is not None and np.shape(to_host(mask)) != shape:
             raise ValueError(f"attention_mask of shape {np.shape(to_host(mask))}, expected {shape}, one entry for each key")
-        return None if mask is None else self._on_device(mask)
-
-    def _on_device(self, array: Any) -> Array:
-        return to_device(to_host(array), device_of(self.embed.weight.data).name)
+        return None if mask is None else to_device(to_host(mask), device_of(self.embed.weight.data).name)
