@@ -33,9 +33,10 @@ class Part:
     settings: dict[str, Any]
 
 
-# One epoch: training at this rate multiplies differences of rounding by e every 15 updates or so, from 1e-7 at the start. For
-# 250 updates both sides stay at one solution; after 750 they are at two, equally good, and 88 % of their predictions agree.
-FULL = {"lr": 4e-3, "epochs": 1.0}
+# The settings of the task: of six others tried on 1,000 further sentences none was better by more than their noise, 1.2 points.
+# At four times the rate rounding errors grow by e every 15 updates, and after three epochs the two sides are at two solutions,
+# equally good, whose predictions agree on 88 %.
+FULL: dict[str, Any] = {}
 SIZES = {
     "quick": [Part("Rotten Tomatoes", "rotten_tomatoes", 120, 40, 64, {"steps": 8, "lr": 4e-3}),
               Part("IMDB", "imdb", 24, 16, 64, {"steps": 3, "lr": 4e-3, "batch": 8})],

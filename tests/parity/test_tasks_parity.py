@@ -9,7 +9,7 @@ import pytest
 
 import minilora as ml
 from minilora.data import movie_reviews, packaged_file, read_tagged
-from minilora.studies.torch_twin import train_twin
+from minilora.studies.torch_twin import Twin
 from minilora.tasks import TASKS, finetune, fit, metrics, prepare
 
 torch = pytest.importorskip("torch")
@@ -35,10 +35,11 @@ def compared(task, examples, **settings):
     """(our losses and logits, theirs) of a short run on MiniLM."""
     chosen = TASKS[task].settings.with_(steps=20, **settings)
     run = prepare("minilm-l6", task, examples[:48], examples[48:], chosen, progress=False)
-    theirs = train_twin(run, "minilm-l6", progress=False)
+    theirs = Twin(run, "minilm-l6")
     history = fit(run)
+    theirs.train(run.config.steps)
     logits, _ = metrics.predictions(run.model, run.held.rows, run.encoder.padding)
-    return np.array(history.loss), np.array(theirs.losses), logits, theirs.logits
+    return np.array(history.loss), np.array(theirs.losses), logits, theirs.predict()
 
 
 @pytest.mark.parametrize(("task", "settings"), [
