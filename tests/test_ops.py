@@ -578,6 +578,8 @@ def test_dropout_keeps_the_mean_and_the_seed_decides(device):
     (lambda x: ag.cross_entropy(x, [0.0, 1.0]), TypeError, "integers"),
     (lambda x: ag.cross_entropy(x, [-100, -100]), ValueError, "no target counts"),
     (lambda x: ag.cross_entropy(x, [-100, 1], groups=2), ValueError, "no target counts"),
+    (lambda x: ag.cross_entropy(x, [0, 1], groups=0), ValueError, "groups = 0, expected a number that divides the 2 targets"),
+    (lambda x: ag.cross_entropy(x, [0, 1], groups=3), ValueError, "groups = 3, expected"),
     (lambda x: ag.cross_entropy(x, [0, 1], label_smoothing=1.5), ValueError, "label_smoothing"),
 ])
 def test_what_the_functions_refuse(device, wrong, error, message):

@@ -206,6 +206,25 @@ def test_a_classifier_of_one_position_is_that_of_all_positions(device, form, mas
         np.testing.assert_allclose(g, by_path[path], rtol=1e-10, atol=1e-12)
 
 
+def test_the_first_position_of_a_causal_classifier_sees_nothing_that_comes_after(device):
+    model = build("gpt2", n_labels=3, head="sequence", pooler="tanh")
+    later = np.concatenate([IDS[:, :1], np.full_like(IDS[:, 1:], 5)], axis=1)
+    np.testing.assert_allclose(logits_of(model, later), logits_of(model, IDS), rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["bert-sequence", "llama-sequence"])
+def test_last_does_not_move_what_a_classifier_reads(device, form):
+    model = build(form)
+    expected = logits_of(model, IDS, attention_mask=MASK)
+    np.testing.assert_array_equal(logits_of(model, IDS, attention_mask=MASK, last=True), expected)
+
+
+@pytest.mark.parametrize("mask", [np.array(1), np.ones((2, 0)), np.ones((2, 6, 0)), np.ones((2, 5))], ids=np.shape)
+def test_a_classifier_names_the_mask_that_does_not_fit(mask):
+    with pytest.raises(ValueError, match=r"attention_mask of shape .* expected \(2, 6\)"):
+        build("llama-sequence")(IDS, attention_mask=mask)
+
+
 @pytest.mark.parametrize("form", ["bert-sequence", "llama-sequence"])
 def test_the_last_layer_works_for_the_position_that_is_read(device, form):
     model, seen = build(form), []

@@ -153,6 +153,8 @@ def _cross_entropy(kind: Any, x: Any, V: int, targets: Any, ignore_index: int, l
     host = to_host(targets)
     if host.shape != tuple(x.shape[:-1]):
         raise ValueError(f"targets of shape {host.shape}, expected the logits' without the last axis, {x.shape[:-1]}")
+    if groups is not None and (groups < 1 or host.size % groups):
+        raise ValueError(f"groups = {groups}, expected a number that divides the {host.size} targets")
     host = host.reshape(-1)
     counted = host != ignore_index
     check_ids(host[counted], V, x)

@@ -16,7 +16,7 @@ class Reshape(Op):
 
     def forward(self, a):
         self.keep(a.shape)
-        return a.reshape(*self.shape)            # (2, 3) or ((2, 3),)
+        return a.reshape(*self.shape or ((),))   # (2, 3) or ((2, 3),); nothing: 0-d
 
     def backward(self, dy):
         return dy.reshape(self.kept)

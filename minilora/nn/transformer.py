@@ -71,8 +71,8 @@ class Transformer(Module):
         out. position_ids (B, T): rows of the table of learned positions, where they are not 0, 1, 2 … (behind padding on the
         left, say; rotary positions need none, since they see distances only). adapter_names: for each row of the batch the
         adapter it uses, "__base__" for none. cache: from `new_cache`, for generation: the ids continue the sequence that the
-        cache holds, and attention_mask is for all of it. last: only the logits of the last position, (B, 1, V), without the
-        arithmetic for the others that these do not need (transformers' logits_to_keep=1).
+        cache holds, and attention_mask is for all of it. last: of logits (B, T, V) only those of the last position, (B, 1, V),
+        without the arithmetic for the others that these do not need (transformers' logits_to_keep=1).
 
         Raises IndexError for an id outside the vocabulary, ValueError for a sequence longer than max_len or masks, types,
         positions and names that do not fit the batch.
@@ -153,12 +153,14 @@ class Transformer(Module):
     def _read(self, ids: Any, mask: Any, last: bool = False) -> np.ndarray | None:       # (B, T) twice -> (B,)
         """Where the answer is made from, counted from the end; None: from everywhere. A pooler reads the first position, a
         classifier without one the last that is no padding."""
-        shape, pooled = np.shape(to_host(ids)), self.pooler is not None and not last
-        if len(shape) != 2 or not (last or self.cfg.head == "sequence"):
+        shape, sequence = np.shape(to_host(ids)), self.cfg.head == "sequence"
+        if len(shape) != 2 or not (last or sequence):
             return None
-        if pooled or last or mask is None:
-            return np.full(shape[0], -shape[1] if pooled else -1)
-        return -1 - np.argmax(to_host(mask)[..., ::-1] != 0, axis=-1)
+        if sequence and self.pooler is not None:           # of a causal model the one query would see what comes after it
+            return None if self.cfg.causal else np.full(shape[0], -shape[1])
+        if not sequence or mask is None or np.ndim(to_host(mask)) != 2 or not np.size(to_host(mask)):
+            return np.full(shape[0], -1)                   # a mask that does not fit is refused in `hidden`
+        return -1 - np.argmax(to_host(mask)[:, ::-1] != 0, axis=1)
 
     def answer(self, x: Tensor) -> Tensor:
         """What the config's head makes of the last hidden states: (B, T, D), or for a classifier of sequences (B, 1, D)."""

@@ -139,7 +139,7 @@ def verdict(rows: list[dict[str, Any]], n_layers: int) -> list[dict[str, Any]]:
         return float(np.mean([rank for path, rank in final.items() if which(path)]))
 
     mlp, attention = mean(lambda path: ".mlp." in path), mean(lambda path: ".attn." in path)
-    below = in_layers(set(final), list(range(n_layers // 2)))
+    below = in_layers(set(final), list(range((n_layers + 1) // 2)))
     upper, lower = mean(lambda path: path not in below), mean(lambda path: path in below)
     chosen, fixed = by_name[CHOICE], by_name[FIXED]
     return [
