@@ -33,7 +33,7 @@ class Part:
     settings: dict[str, Any]
 
 
-# The settings of the task: of six others tried on 1,000 further sentences none was better by more than their noise, 1.2 points.
+# The settings of the task: of three others tried on 1,000 further sentences none was better by more than the noise, 1.2 points.
 # At four times the rate rounding errors grow by e every 15 updates, and after three epochs the two sides are at two solutions,
 # equally good, whose predictions agree on 88 %.
 FULL: dict[str, Any] = {}
