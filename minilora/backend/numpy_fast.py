@@ -17,6 +17,7 @@ from .memory import empty, keep_freed_memory
 from .numpy_attention import exponentials
 from .numpy_chain import chain, like, rows
 from .numpy_formulas import BlockFormulas
+from .numpy_mkl import multiply
 from .parallel import for_blocks, one_blas_thread, spans, workers, working
 
 ALONE = 1 << 18       # multiply-adds of a product that BLAS by itself leaves to one thread
@@ -75,7 +76,7 @@ class NumpyKernels(BlockFormulas):
 
         def part(block: tuple[slice, slice]) -> None:
             some, columns = block
-            np.matmul(a[some], b[:, columns], out=y[block])
+            multiply(a[some], b[:, columns], y[block])
             if bias is not None:
                 y[block] += bias[columns]
 
@@ -94,11 +95,11 @@ class NumpyKernels(BlockFormulas):
         s, h = empty((n, F), x.dtype) if slope else None, empty((n, F), x.dtype) if hidden else None
 
         def part(block: slice) -> None:                            # one block of rows all the way through
-            a = np.matmul(x[block], W1.T, out=empty((block.stop - block.start, F), x.dtype))
+            a = multiply(x[block], W1.T, empty((block.stop - block.start, F), x.dtype))
             if b1 is not None:
                 a += b1
             act, _ = getattr(self, activation)(a, slope, None if s is None else s[block])
-            np.matmul(act, W2.T, out=y[block])
+            multiply(act, W2.T, y[block])
             if b2 is not None:
                 y[block] += b2
             if h is not None:
@@ -114,9 +115,9 @@ class NumpyKernels(BlockFormulas):
         dx, dh = empty((n, W1.shape[1]), dy.dtype), empty(s.shape, s.dtype) if hidden else None
 
         def part(block: slice) -> None:
-            d = np.matmul(dy[block], W2, out=None if dh is None else dh[block])
+            d = multiply(dy[block], W2, empty(s[block].shape, dy.dtype) if dh is None else dh[block])
             d *= s[block]
-            np.matmul(d, W1, out=dx[block])
+            multiply(d, W1, dx[block])
 
         for_blocks(part, row_blocks(n), products=True)
         return dx, dh

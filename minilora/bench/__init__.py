@@ -21,7 +21,7 @@ import numpy as np
 from tqdm.std import tqdm
 
 from .. import plots
-from ..backend import get_device
+from ..backend import get_device, numpy_mkl
 from ..backend.parallel import workers
 from ..studies.common import writable_folder, write_json
 from .cases import CASES, QUICK, Case
@@ -81,9 +81,14 @@ def run(names: Sequence[str] | None = None, *, device: str = "cpu", quick: bool 
 
 
 def save(report: dict[str, Any], out: Path) -> Path:
-    """Write figure and numbers: bench_cpu or bench_gpu_<its name>, .png, .svg and .json. Returns the path without suffix."""
-    gpu = report["machine"].get("gpu")
-    name = "bench_cpu" if gpu is None else "bench_gpu_" + re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
+    """Write figure and numbers: bench_cpu, bench_cpu_mkl (where MKL multiplies) or bench_gpu_<its name>, .png, .svg and .json.
+
+    Returns the path without suffix.
+    """
+    gpu, mkl = (report["machine"].get(key) for key in ("gpu", "mkl"))
+    name = "bench_cpu" + "_mkl" * (mkl is not None)
+    if gpu is not None:
+        name = "bench_gpu_" + re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_")
     path = writable_folder(out) / name
     write_json(path.with_suffix(".json"), report)
     plots.save(plots.bench(report), path)
@@ -97,7 +102,8 @@ def machine() -> dict[str, Any]:
     if cpuinfo.exists():
         model = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model)
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": workers(), "python": platform.python_version(), "numpy": np.__version__}
+            "threads": workers(), "python": platform.python_version(), "numpy": np.__version__,
+            **({"mkl": numpy_mkl.version()} if numpy_mkl.version() else {})}
 
 
 def measure(name: str, case: Case, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,7 +10,8 @@ UNITS = {"step": "one LoRA step (forward, backward, AdamW)", "sweep": "one step 
 def table(report: dict[str, Any]) -> str:
     """A block of lines for each case."""
     m = report["machine"]
-    lines = [f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, Python {m['python']}, NumPy {m['numpy']}"]
+    lines = [f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, Python {m['python']}, NumPy {m['numpy']}"
+             + (f", products by MKL {m['mkl']}" if "mkl" in m else "")]
     lines += [f"{m['gpu']}, CuPy {m['cupy']}"] if "gpu" in m else []
     lines += [", ".join(f"{name} {version}" for name, version in report["versions"].items()), ""]
     for name, case in report["cases"].items():

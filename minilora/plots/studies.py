@@ -104,6 +104,7 @@ def bench(data: dict[str, Any]) -> Figure:
         ratio_bars(axes[1], names, [case["memory_ratio"] for case in data["cases"].values()], "peak memory")
         for ax in axes:
             ax.tick_params(axis="y", length=0)
-        place = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads")
+        mkl = f", products by MKL {machine['mkl']}" if "mkl" in machine else ""
+        place = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads{mkl}")
         figure.suptitle(f"minilora against PyTorch + PEFT (below 1: minilora needs less)\n{place}", fontsize=15)
     return figure

@@ -1,0 +1,127 @@
+"""Products by MKL equal NumPy's however the operands lie, and what MKL cannot take stays with NumPy.
+
+A stand-in that reads and writes by address, as cblas_sgemm does, checks the addresses and strides where the package is missing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from importlib import metadata
+
+import numpy as np
+import pytest
+
+import minilora as ml
+from minilora.backend import numpy_mkl as mkl
+
+REAL = mkl._sgemm()
+installed = pytest.mark.skipif(REAL is None, reason="the package mkl is not installed")
+
+
+def at(address: int, rows: int, columns: int, stride: int) -> np.ndarray:          # (rows, columns), `stride` elements apart
+    size = (rows - 1) * stride + columns
+    memory = np.frombuffer((ctypes.c_float * size).from_address(address), np.float32)
+    return np.lib.stride_tricks.as_strided(memory, (rows, columns), (4 * stride, 4))
+
+
+def stand_in(order, how_a, how_b, n, m, k, alpha, a, lda, b, ldb, beta, out, ldc):
+    assert (order, alpha, beta) == (101, 1.0, 0.0) and {how_a, how_b} <= {111, 112}
+    left = at(a, k, n, lda).T if how_a == 112 else at(a, n, k, lda)
+    right = at(b, m, k, ldb).T if how_b == 112 else at(b, k, m, ldb)
+    at(out, n, m, ldc)[...] = left @ right
+
+
+@pytest.fixture(params=["stand-in", pytest.param("mkl", marks=installed)])
+def calls(request, monkeypatch):
+    """The calls of sgemm, one entry each."""
+    made, sgemm = [], stand_in if request.param == "stand-in" else REAL
+
+    def noted(*args):
+        made.append(args)
+        sgemm(*args)
+
+    monkeypatch.setattr(mkl, "_sgemm", lambda: noted)
+    return made
+
+
+def lying(how: str, n: int, m: int, seed: int) -> np.ndarray:                          # (n, m)
+    big = np.random.default_rng(seed).standard_normal((160, 160)).astype(np.float32)
+    match how:
+        case "as it is":
+            return big[:n, :m].copy()
+        case "transposed":
+            return big[:m, :n].copy().T
+        case "part":
+            return big[2 : n + 2, 5 : m + 5]
+        case "part, transposed":
+            return big[4 : m + 4, 1 : n + 1].T
+        case "every second column":
+            return big[:n, : 2 * m : 2]
+        case "backwards":
+            return big[:n, :m][::-1]
+    raise ValueError(how)
+
+
+@pytest.mark.parametrize("b", ["as it is", "transposed", "part", "part, transposed"])
+@pytest.mark.parametrize("a", ["as it is", "transposed", "part", "part, transposed"])
+def test_the_product_is_numpys_however_the_operands_lie(calls, a, b):
+    x, W, around = lying(a, 40, 70, 0), lying(b, 70, 33, 1), np.full((44, 50), 7.0, np.float32)
+    out = around[2:42, 9:42]
+    assert mkl.multiply(x, W, out) is out
+    np.testing.assert_allclose(out, x.astype(float) @ W.astype(float), rtol=0, atol=2e-5)
+    out[...] = 7.0
+    assert (around == 7.0).all()                                   # nothing beside it was written
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("x", "W"), [
+    (lying("as it is", 40, 70, 0).astype(float), lying("as it is", 70, 33, 1).astype(float)),
+    (lying("as it is", 40, 31, 0), lying("as it is", 31, 33, 1)),
+    (lying("as it is", 40, 70, 0), lying("as it is", 70, 8, 1)),
+    (lying("every second column", 40, 70, 0), lying("as it is", 70, 33, 1)),
+    (lying("backwards", 40, 70, 0), lying("as it is", 70, 33, 1)),
+    (lying("as it is", 40, 70, 0), np.broadcast_to(np.float32(2.0), (70, 33))),
+], ids=["float64", "thin", "narrow", "two strides", "backwards", "broadcast"])
+def test_what_mkl_cannot_take_stays_with_numpy(calls, x, W):
+    out = np.empty((len(x), W.shape[1]), x.dtype)
+    np.testing.assert_array_equal(mkl.multiply(x, W, out), x @ W)
+    assert not calls
+
+
+def test_a_step_is_the_same_with_and_without(calls, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 96, (4, 80))
+
+    def step():
+        model = ml.Transformer(ml.TransformerConfig.gpt2(vocab_size=96, d_model=64, n_layers=2, n_heads=2, max_len=80), seed=0)
+        ml.add_adapter(model, ml.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), seed=0)
+        loss = model.loss(ids, np.roll(ids, -1, axis=1))
+        loss.backward()
+        return [loss.data, *[p.grad for _, p in model.named_parameters(trainable=True)]]
+
+    through_mkl = step()
+    assert len(calls) > 2 * 8                                      # eight linear layers, forward and backward
+    monkeypatch.setattr(mkl, "_sgemm", lambda: None)
+    for ours, numpys in zip(through_mkl, step(), strict=True):
+        np.testing.assert_allclose(ours, numpys, rtol=0, atol=2e-6 * abs(numpys).max())
+
+
+def test_without_the_package_numpy_multiplies(monkeypatch):
+    def files(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "files", files)
+    monkeypatch.setattr(mkl, "_sgemm", mkl._sgemm.__wrapped__)
+    x = lying("as it is", 40, 70, 0)
+    assert mkl.version() is None
+    np.testing.assert_array_equal(mkl.multiply(x, x.T, np.empty((40, 40), np.float32)), x @ x.T)
+
+
+@installed
+def test_bits_do_not_depend_on_where_an_operand_lies():
+    x, W, memory = lying("as it is", 64, 150, 0), lying("transposed", 150, 96, 1), np.empty(64 * 150 * 4 + 128, np.uint8)
+    results = []
+    for offset in (0, 4, 16, 36, 64):
+        moved = np.ndarray(x.shape, x.dtype, memory, offset)
+        moved[...] = x
+        results.append(mkl.multiply(moved, W, np.empty((64, 96), np.float32)))
+    assert all(np.array_equal(result, results[0]) for result in results)
