@@ -22,9 +22,14 @@ GENERIC, FAST = Kernels(np), NumpyKernels(np)
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}                    # of the largest number in the array
 
 
-@pytest.fixture(params=["one worker", "three workers"])
+@pytest.fixture(params=["as they are", "one worker", "three workers"])
 def threads(request, monkeypatch):
-    """Every primitive in one thread, and cut into blocks that several threads take: small ones, but for large arrays."""
+    """Every primitive as it is, which leaves small arrays to the readable one; on small arrays too, in one thread; and cut
+    into blocks that several threads take: small ones, but for large arrays."""
+    if request.param == "as they are":
+        yield
+        return
+    monkeypatch.setattr(numpy_chain, "SMALL", 0)
     if request.param == "one worker":
         monkeypatch.setattr(parallel, "workers", lambda: 1)
         yield
@@ -33,7 +38,6 @@ def threads(request, monkeypatch):
         monkeypatch.setattr(numpy_chain, "BLOCK", 8)
         for name in ("ALONE", "PRODUCT", "LARGE"):
             monkeypatch.setattr(numpy_fast, name, 0)
-        monkeypatch.setattr(numpy_chain, "SMALL", 0)
         monkeypatch.setattr(numpy_attention, "SMALL", 0)
         monkeypatch.setattr(numpy_attention, "SCORES", 64)
         monkeypatch.setattr(numpy_attention, "CHUNK", 3)

@@ -15,7 +15,7 @@ import numpy as np
 from .generic import Array
 from .memory import empty, keep_freed_memory
 from .numpy_attention import exponentials
-from .numpy_chain import chain, like, rows
+from .numpy_chain import chain, like, rows, unless_small
 from .numpy_formulas import BlockFormulas
 from .numpy_mkl import multiply
 from .parallel import for_blocks, one_blas_thread, spans, workers, working
@@ -98,7 +98,7 @@ class NumpyKernels(BlockFormulas):
             a = multiply(x[block], W1.T, empty((block.stop - block.start, F), x.dtype))
             if b1 is not None:
                 a += b1
-            act, _ = getattr(self, activation)(a, slope, None if s is None else s[block])
+            act, _ = getattr(self, activation)(a, slope, into=None if s is None else s[block])
             multiply(act, W2.T, y[block])
             if b2 is not None:
                 y[block] += b2
@@ -124,6 +124,7 @@ class NumpyKernels(BlockFormulas):
 
     # Softmax and cross-entropy
 
+    @unless_small
     def softmax(self, x: Array) -> Array:                          # (..., V) -> (..., V)
         y = like(x)
 
@@ -134,11 +135,13 @@ class NumpyKernels(BlockFormulas):
         chain(formula, rows(x), rows(y), products=True)
         return y
 
+    @unless_small
     def logsumexp(self, x: Array) -> Array:                        # (..., V) -> (...)
         lse = np.empty(x.shape[:-1], x.dtype)
         chain(logsumexp_rows, rows(x), lse.reshape(-1), temporaries=1, products=True)
         return lse
 
+    @unless_small
     def cross_entropy(self, logits: Array, targets: Array, smoothing: float) -> tuple[Array, Array]:
         N, V = logits.shape
         losses, lse = np.empty(N, logits.dtype), np.empty(N, logits.dtype)
@@ -152,6 +155,7 @@ class NumpyKernels(BlockFormulas):
         chain(formula, logits, self._inside(targets, V), losses, lse, temporaries=1, products=True)
         return losses, lse
 
+    @unless_small
     def cross_entropy_grad(self, logits: Array, lse: Array, targets: Array, weights: Array, smoothing: float) -> Array:
         V, p = logits.shape[1], like(logits)
 

@@ -15,7 +15,7 @@ import numpy as np
 from .erf import TANH_POLYNOMIAL
 from .generic import Array
 from .numpy_attention import BlockAttention
-from .numpy_chain import chain, like, line, outer, rows
+from .numpy_chain import chain, like, line, outer, placed, rows, unless_small
 
 # Φ(x) = (1 + erf(x/√2))/2 ≈ (1 + tanh(x q(x²)))/2, with q from erf.py and the 1/√2 taken into its coefficients.
 NORMAL_CDF = tuple(c * 0.5 ** (i + 0.5) for i, c in enumerate(TANH_POLYNOMIAL))
@@ -24,27 +24,30 @@ NORMAL_CDF = tuple(c * 0.5 ** (i + 0.5) for i, c in enumerate(TANH_POLYNOMIAL))
 class BlockFormulas(BlockAttention):
     """The overrides of what works element by element or row by row."""
 
+    @unless_small
     def layer_norm(self, x: Array, w: Array, b: Array, eps: float) -> tuple[Array, Array, Array]:
         return norm(x, w, b, eps)
 
+    @unless_small
     def layer_norm_grad(self, dy: Array, c: Array, rho: Array, w: Array) -> Array:
         return norm_grad(dy, c, rho, w, centred=True)
 
+    @unless_small
     def rms_norm(self, x: Array, w: Array, eps: float) -> tuple[Array, Array]:
         y, _, rho = norm(x, w, None, eps)
         return y, rho
 
+    @unless_small
     def rms_norm_grad(self, dy: Array, x: Array, rho: Array, w: Array) -> Array:
         return norm_grad(dy, x, rho, w, centred=False)
 
     # Activations: the formulas fill y and, if the slope is asked for, d (which is `into`, if given), using both on the way
 
-    def gelu(self, x: Array, slope: bool, into: Array | None = None) -> tuple[Array, Array | None]:
+    @unless_small
+    def gelu(self, x: Array, slope: bool, *, into: Array | None = None) -> tuple[Array, Array | None]:
         if x.dtype != np.float32:
-            y, d = super().gelu(x, slope)
-            if into is not None:
-                into[...] = d
-            return y, d if into is None else into
+            result = super().gelu(x, slope)
+            return result if into is None else placed(result, into)
 
         def formula(d, x, y):
             with np.errstate(over="ignore"):                       # x q(x²) may be infinite: then tanh is 1
@@ -62,7 +65,8 @@ class BlockFormulas(BlockAttention):
 
         return activation(formula, x, slope, into)
 
-    def gelu_tanh(self, x: Array, slope: bool, into: Array | None = None) -> tuple[Array, Array | None]:
+    @unless_small
+    def gelu_tanh(self, x: Array, slope: bool, *, into: Array | None = None) -> tuple[Array, Array | None]:
         c = math.sqrt(2.0 / math.pi)
 
         def formula(t, d, x, y):
@@ -81,7 +85,8 @@ class BlockFormulas(BlockAttention):
 
         return activation(formula, x, slope, into, temporaries=1)
 
-    def silu(self, x: Array, slope: bool, into: Array | None = None) -> tuple[Array, Array | None]:
+    @unless_small
+    def silu(self, x: Array, slope: bool, *, into: Array | None = None) -> tuple[Array, Array | None]:
         def formula(d, x, y):
             np.multiply(x, 0.5, out=y)
             half_tanh(y)                                           # σ(x) = (1 + tanh(x/2))/2
@@ -94,6 +99,7 @@ class BlockFormulas(BlockAttention):
 
         return activation(formula, x, slope, into)
 
+    @unless_small
     def swiglu(self, g: Array, u: Array, slopes: bool) -> tuple[Array, Array | None, Array | None]:
         y, by_g, by_u = like(g), like(g), like(g)
 
@@ -114,6 +120,7 @@ class BlockFormulas(BlockAttention):
 
     # Positions
 
+    @unless_small
     def rotary(self, x: Array, cos: Array, sin: Array) -> Array:   # (B, H, T, hd), (T, hd/2) twice -> (B, H, T, hd)
         y, half = like(x), x.shape[-1] // 2
         cos, sin = np.concatenate([cos, cos], axis=-1), np.concatenate([-sin, sin], axis=-1)
