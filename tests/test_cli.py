@@ -157,7 +157,7 @@ def test_bench_prints_what_it_measured_and_writes_the_figure(tmp_path, capsys, m
         return row, {"gpu": {}, "versions": {"torch": "2.13"}}
 
     monkeypatch.setattr("minilora.bench.measure", measure)
-    monkeypatch.setattr("minilora.bench.numpy_mkl.version", lambda: None)
+    monkeypatch.setattr("minilora.bench.numpy_mkl.version", lambda: None)       # its figure would have another name
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert main(["bench", "--quick", "--out", str(tmp_path)]) == 0
     assert asked == [("course", 3), ("sweep", 3)]

@@ -6,6 +6,9 @@ A stand-in that reads and writes by address, as cblas_sgemm does, checks the add
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 from importlib import metadata
 
 import numpy as np
@@ -14,8 +17,8 @@ import pytest
 import minilora as ml
 from minilora.backend import numpy_mkl as mkl
 
-REAL = mkl._sgemm()
-installed = pytest.mark.skipif(REAL is None, reason="the package mkl is not installed")
+REAL = mkl.sgemm
+installed = pytest.mark.skipif(REAL is None, reason="the package mkl is not installed, or switched off")
 
 
 def at(address: int, rows: int, columns: int, stride: int) -> np.ndarray:          # (rows, columns), `stride` elements apart
@@ -40,7 +43,7 @@ def calls(request, monkeypatch):
         made.append(args)
         sgemm(*args)
 
-    monkeypatch.setattr(mkl, "_sgemm", lambda: noted)
+    monkeypatch.setattr(mkl, "sgemm", noted)
     return made
 
 
@@ -100,9 +103,58 @@ def test_a_step_is_the_same_with_and_without(calls, monkeypatch):
 
     through_mkl = step()
     assert len(calls) > 2 * 8                                      # eight linear layers, forward and backward
-    monkeypatch.setattr(mkl, "_sgemm", lambda: None)
+    monkeypatch.setattr(mkl, "sgemm", None)
     for ours, numpys in zip(through_mkl, step(), strict=True):
         np.testing.assert_allclose(ours, numpys, rtol=0, atol=2e-6 * abs(numpys).max())
+
+
+@pytest.mark.parametrize(("a", "b", "out"), [
+    ((64, 70), (40, 70), (64, 70)), ((64, 40), (70, 70), (64, 70)), ((64, 70), (70, 70), (64, 40)),
+    ((64, 70), (70, 70), (40, 70))])
+@pytest.mark.parametrize("how", ["as it is", "transposed"])
+def test_shapes_that_do_not_fit_are_refused(calls, how, a, b, out):
+    with pytest.raises(ValueError, match="mismatch"):
+        mkl.multiply(lying(how, *a, 0), lying(how, *b, 1), np.empty(out, np.float32))
+    assert not calls
+
+
+def test_a_transposed_result_stays_with_numpy(calls):
+    x, W, out = lying("as it is", 40, 70, 0), lying("as it is", 70, 33, 1), np.empty((33, 40), np.float32).T
+    np.testing.assert_allclose(mkl.multiply(x, W, out), x.astype(float) @ W.astype(float), rtol=0, atol=2e-5)
+    assert not calls
+
+
+class Library:
+    """An mkl_rt that says what it was set to: somebody else may have used it first, with other settings."""
+
+    def __init__(self, interface=0, threading=1, bits=0):
+        self.MKL_Set_Interface_Layer, self.MKL_Set_Threading_Layer = (lambda _: interface), (lambda _: threading)
+        self.MKL_CBWR_Set = lambda _: bits
+        self.cblas_sgemm = lambda *_: None
+
+
+class File:
+    name = "libmkl_rt.so.3"
+
+    def locate(self):
+        return "/nowhere/libmkl_rt.so.3"
+
+
+@pytest.mark.parametrize(("found", "taken"), [
+    (Library(), True), (Library(interface=2), True), (Library(interface=1), False), (Library(threading=0), False),
+    (Library(bits=-1), False), (object(), False), (OSError("broken"), False)])
+def test_a_library_that_is_set_otherwise_or_broken_is_not_used(found, taken, monkeypatch):
+    def open_it(path):
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.delenv("MINILORA_MKL", raising=False)
+    monkeypatch.setattr(metadata, "files", lambda name: [File()])
+    monkeypatch.setattr(ctypes, "CDLL", open_it)
+    assert (mkl.load() is not None) == taken
+    monkeypatch.setenv("MINILORA_MKL", "0")
+    assert mkl.load() is None
 
 
 def test_without_the_package_numpy_multiplies(monkeypatch):
@@ -110,18 +162,44 @@ def test_without_the_package_numpy_multiplies(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "files", files)
-    monkeypatch.setattr(mkl, "_sgemm", mkl._sgemm.__wrapped__)
+    assert mkl.load() is None
+    monkeypatch.setattr(mkl, "sgemm", None)
     x = lying("as it is", 40, 70, 0)
     assert mkl.version() is None
     np.testing.assert_array_equal(mkl.multiply(x, x.T, np.empty((40, 40), np.float32)), x @ x.T)
 
 
 @installed
-def test_bits_do_not_depend_on_where_an_operand_lies():
-    x, W, memory = lying("as it is", 64, 150, 0), lying("transposed", 150, 96, 1), np.empty(64 * 150 * 4 + 128, np.uint8)
+def test_bits_do_not_depend_on_where_the_arrays_lie():
+    x, W = lying("as it is", 64, 150, 0), lying("as it is", 150, 96, 1)
     results = []
-    for offset in (0, 4, 16, 36, 64):
-        moved = np.ndarray(x.shape, x.dtype, memory, offset)
-        moved[...] = x
-        results.append(mkl.multiply(moved, W, np.empty((64, 96), np.float32)))
+    for places in [(0, 0, 0), (4, 0, 0), (0, 36, 0), (0, 0, 4), (16, 4, 36), (64, 64, 64)]:
+        moved = [np.ndarray(shape, np.float32, np.empty(4 * 150 * 100 + 128, np.uint8), place)
+                 for shape, place in zip(((64, 150), (150, 96), (64, 96)), places)]
+        moved[0][...], moved[1][...] = x, W
+        results.append(mkl.multiply(*moved))
     assert all(np.array_equal(result, results[0]) for result in results)
+
+
+@installed
+def test_three_threads_at_once_in_a_process_without_limits():
+    """Each thread's products are its own: nothing in the environment but our count of threads."""
+    code = """if True:
+        import numpy as np
+        from minilora.backend import kernels, numpy_mkl, parallel
+        parallel.workers = numpy_fast_workers = lambda: 3
+        from minilora.backend import numpy_fast
+        numpy_fast.workers = numpy_fast_workers
+        rng, inner, real = np.random.default_rng(0), [], numpy_mkl.sgemm
+        def noted(*args):
+            inner.append(args[3])
+            real(*args)
+        numpy_mkl.sgemm = noted
+        for _ in range(20):
+            x, W = rng.standard_normal((1200, 300), np.float32), rng.standard_normal((257, 300), np.float32)
+            y = kernels(x).linear(x, W, None)
+            assert abs(y - x.astype(float) @ W.T.astype(float)).max() < 1e-3
+        assert inner == [400] * 60, inner
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)

@@ -38,28 +38,20 @@ def chain(formula: Callable[..., None], *arrays: Array, temporaries: int = 0, pr
         for_blocks(run, spans(len(first), BLOCK // max(1, math.prod(first.shape[1:]))), products)
 
 
+def small(x: Array) -> bool:
+    return x.size <= SMALL
+
+
 def unless_small(fast: Callable[..., Any]) -> Callable[..., Any]:
     """A primitive that leaves small arrays to its readable form, which calls NumPy less often: on the one row of a decoding
-    step in a third of the time.
-
-    into: where the second result goes, if given (the slope of an activation).
-    """
+    step in a third of the time."""
     readable = getattr(Kernels, fast.__name__)
 
     @wraps(fast)
-    def chosen(self: Kernels, x: Array, *args: Any, into: Array | None = None) -> Any:
-        if x.size > SMALL:
-            return fast(self, x, *args) if into is None else fast(self, x, *args, into=into)
-        result = readable(self, x, *args)
-        return result if into is None else placed(result, into)
+    def chosen(self: Kernels, x: Array, *args: Any, **options: Any) -> Any:
+        return (readable if small(x) else fast)(self, x, *args, **options)
 
     return chosen
-
-
-def placed(result: tuple[Array, Array], into: Array) -> tuple[Array, Array]:
-    """The pair, its second array written to `into`."""
-    into[...] = result[1]
-    return result[0], into
 
 
 def rows(x: Array) -> Array:                                       # (..., D) -> (n, D)

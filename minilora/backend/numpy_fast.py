@@ -98,7 +98,7 @@ class NumpyKernels(BlockFormulas):
             a = multiply(x[block], W1.T, empty((block.stop - block.start, F), x.dtype))
             if b1 is not None:
                 a += b1
-            act, _ = getattr(self, activation)(a, slope, into=None if s is None else s[block])
+            act, _ = getattr(self, activation)(a, slope, None if s is None else s[block])
             multiply(act, W2.T, y[block])
             if b2 is not None:
                 y[block] += b2

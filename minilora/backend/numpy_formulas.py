@@ -15,7 +15,7 @@ import numpy as np
 from .erf import TANH_POLYNOMIAL
 from .generic import Array
 from .numpy_attention import BlockAttention
-from .numpy_chain import chain, like, line, outer, placed, rows, unless_small
+from .numpy_chain import chain, like, line, outer, rows, small, unless_small
 
 # Φ(x) = (1 + erf(x/√2))/2 ≈ (1 + tanh(x q(x²)))/2, with q from erf.py and the 1/√2 taken into its coefficients.
 NORMAL_CDF = tuple(c * 0.5 ** (i + 0.5) for i, c in enumerate(TANH_POLYNOMIAL))
@@ -43,11 +43,9 @@ class BlockFormulas(BlockAttention):
 
     # Activations: the formulas fill y and, if the slope is asked for, d (which is `into`, if given), using both on the way
 
-    @unless_small
-    def gelu(self, x: Array, slope: bool, *, into: Array | None = None) -> tuple[Array, Array | None]:
-        if x.dtype != np.float32:
-            result = super().gelu(x, slope)
-            return result if into is None else placed(result, into)
+    def gelu(self, x: Array, slope: bool, into: Array | None = None) -> tuple[Array, Array | None]:
+        if small(x) or x.dtype != np.float32:
+            return placed(super().gelu(x, slope), into)
 
         def formula(d, x, y):
             with np.errstate(over="ignore"):                       # x q(x²) may be infinite: then tanh is 1
@@ -65,8 +63,9 @@ class BlockFormulas(BlockAttention):
 
         return activation(formula, x, slope, into)
 
-    @unless_small
-    def gelu_tanh(self, x: Array, slope: bool, *, into: Array | None = None) -> tuple[Array, Array | None]:
+    def gelu_tanh(self, x: Array, slope: bool, into: Array | None = None) -> tuple[Array, Array | None]:
+        if small(x):
+            return placed(super().gelu_tanh(x, slope), into)
         c = math.sqrt(2.0 / math.pi)
 
         def formula(t, d, x, y):
@@ -85,8 +84,10 @@ class BlockFormulas(BlockAttention):
 
         return activation(formula, x, slope, into, temporaries=1)
 
-    @unless_small
-    def silu(self, x: Array, slope: bool, *, into: Array | None = None) -> tuple[Array, Array | None]:
+    def silu(self, x: Array, slope: bool, into: Array | None = None) -> tuple[Array, Array | None]:
+        if small(x):
+            return placed(super().silu(x, slope), into)
+
         def formula(d, x, y):
             np.multiply(x, 0.5, out=y)
             half_tanh(y)                                           # σ(x) = (1 + tanh(x/2))/2
@@ -210,3 +211,12 @@ def activation(formula: Callable[..., None], x: Array, slope: bool, into: Array 
     d = like(x) if into is None else into
     chain(formula, d.reshape(-1), x.reshape(-1), y.reshape(-1), temporaries=temporaries)
     return y, d
+
+
+def placed(result: tuple[Array, Array | None], into: Array | None) -> tuple[Array, Array | None]:
+    """An activation's result with the slope written to `into`, where both are wanted."""
+    y, d = result
+    if into is None or d is None:
+        return y, d
+    into[...] = d
+    return y, into

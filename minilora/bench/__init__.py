@@ -71,6 +71,8 @@ def run(names: Sequence[str] | None = None, *, device: str = "cpu", quick: bool 
                                       'pip install torch "minilora[parity]"')
     get_device(device)                                     # a missing GPU or CuPy is said before any work
     report: dict[str, Any] = {"machine": machine(), "versions": {}, "cases": {}}
+    if device == "cpu" and numpy_mkl.version():
+        report["machine"]["mkl"] = numpy_mkl.version()
     for name in names:
         case = CASES[name]
         count = rounds or (min(case.rounds, QUICK_ROUNDS) if quick else case.rounds)
@@ -102,8 +104,7 @@ def machine() -> dict[str, Any]:
     if cpuinfo.exists():
         model = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model)
     return {"cpu": model, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "threads": workers(), "python": platform.python_version(), "numpy": np.__version__,
-            **({"mkl": numpy_mkl.version()} if numpy_mkl.version() else {})}
+            "threads": workers(), "python": platform.python_version(), "numpy": np.__version__}
 
 
 def measure(name: str, case: Case, rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
