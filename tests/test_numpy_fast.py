@@ -51,7 +51,6 @@ def three(monkeypatch):
 
 def three_workers(monkeypatch):
     monkeypatch.setattr(parallel, "workers", lambda: 3)
-    monkeypatch.setattr(numpy_fast, "workers", lambda: 3)
     parallel._helpers.cache_clear()
     yield
     parallel._helpers().shutdown()
