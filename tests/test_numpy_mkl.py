@@ -186,10 +186,8 @@ def test_three_threads_at_once_in_a_process_without_limits():
     """Each thread's products are its own: nothing in the environment but our count of threads."""
     code = """if True:
         import numpy as np
-        from minilora.backend import kernels, numpy_mkl, parallel
-        parallel.workers = numpy_fast_workers = lambda: 3
-        from minilora.backend import numpy_fast
-        numpy_fast.workers = numpy_fast_workers
+        from minilora.backend import kernels, numpy_fast, numpy_mkl, parallel
+        parallel.workers = numpy_fast.workers = lambda: 3
         rng, inner, real = np.random.default_rng(0), [], numpy_mkl.sgemm
         def noted(*args):
             inner.append(args[3])

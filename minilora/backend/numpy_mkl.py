@@ -2,8 +2,9 @@
 
 NumPy's wheels carry OpenBLAS. On Intel's processors MKL, which PyTorch's wheels carry, multiplies the same blocks in 10 to 20 %
 less time. Only what numpy_fast.py shares out to threads comes here; everything else is NumPy's. The library is asked for its
-sequential form, as the threads are ours, and for bits that do not depend on where in memory an operand lies. MINILORA_MKL=0 in
-the environment leaves all to NumPy, as it should be beside PyTorch in one process, which then runs slower.
+sequential form, as the threads are ours, and for bits that do not depend on where in memory an operand lies.
+
+MINILORA_MKL=0 in the environment leaves all to NumPy. Set it where PyTorch works in the same process, which our MKL slows down.
 """
 
 from __future__ import annotations
