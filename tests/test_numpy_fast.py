@@ -421,6 +421,22 @@ def test_blocks_within_a_block_run_in_the_same_thread(outer_blocks, three):
     assert sorted(pairs) == [(i, j, True) for i in range(outer_blocks) for j in range(4)]
 
 
+def test_one_worker_keeps_blocks_and_shards_in_the_callers_thread(three):
+    seen = set()
+
+    def fn(block):
+        seen.add(threading.get_ident())
+        threading.Event().wait(0.002)                              # time for an idle helper to take the next one
+
+    with pytest.raises(ZeroDivisionError), parallel.one_worker():
+        parallel.for_blocks(fn, range(20))
+        assert FAST.shards(8, 1 << 20) == [slice(0, 8)]
+        raise ZeroDivisionError
+    assert seen == {threading.get_ident()} and not parallel.working()
+    parallel.for_blocks(fn, range(20))
+    assert len(seen) == 3
+
+
 @pytest.mark.parametrize("bad", [0, 1, 40])
 def test_an_exception_in_a_block_comes_out_and_stops_the_rest(bad, three):
     done = []

@@ -66,6 +66,17 @@ def working() -> bool:
     return getattr(_own, "working", False)
 
 
+@contextmanager
+def one_worker() -> Iterator[None]:
+    """All that the caller does in the block runs in its own thread: for measurements that no number of cores may change."""
+    before = working()
+    _own.working = True
+    try:
+        yield
+    finally:
+        _own.working = before
+
+
 def in_order(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """fn(item) for every item, in their order, computed in several threads a few items ahead, with one BLAS thread each.
 
