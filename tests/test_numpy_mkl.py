@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 from importlib import metadata
@@ -16,6 +17,7 @@ import pytest
 
 import minilora as ml
 from minilora.backend import numpy_mkl as mkl
+from minilora.backend.numpy_elf import open_apart
 
 REAL = mkl.sgemm
 installed = pytest.mark.skipif(REAL is None, reason="the package mkl is not installed, or switched off")
@@ -125,36 +127,51 @@ def test_a_transposed_result_stays_with_numpy(calls):
 
 
 class Library:
-    """An mkl_rt that says what it was set to: somebody else may have used it first, with other settings."""
+    """An MKL that says how many threads it takes, and whether it agrees to be set to give the same bits."""
 
-    def __init__(self, interface=0, threading=1, bits=0):
-        self.MKL_Set_Interface_Layer, self.MKL_Set_Threading_Layer = (lambda _: interface), (lambda _: threading)
-        self.MKL_CBWR_Set = lambda _: bits
-        self.cblas_sgemm = lambda *_: None
+    def __init__(self, threads=1, bits=0):
+        self.MKL_Get_Max_Threads, self.MKL_CBWR_Set, self.cblas_sgemm = (lambda: threads), (lambda _: bits), (lambda *_: None)
 
 
 class File:
-    name = "libmkl_rt.so.3"
+    def __init__(self, name):
+        self.name = name
 
     def locate(self):
-        return "/nowhere/libmkl_rt.so.3"
+        return f"/nowhere/{self.name}"
 
 
-@pytest.mark.parametrize(("found", "taken"), [
-    (Library(), True), (Library(interface=2), True), (Library(interface=1), False), (Library(threading=0), False),
-    (Library(bits=-1), False), (object(), False), (OSError("broken"), False)])
-def test_a_library_that_is_set_otherwise_or_broken_is_not_used(found, taken, monkeypatch):
-    def open_it(path):
+FILES = ["libmkl_rt.so.3", "libmkl_intel_lp64.so.3", "libmkl_intel_thread.so.3", "libmkl_sequential.so.3", "libmkl_core.so.3"]
+
+
+@pytest.mark.parametrize(("found", "files", "taken"), [
+    (Library(), FILES, True), (Library(threads=2), FILES, False), (Library(bits=-1), FILES, False), (object(), FILES, False),
+    (OSError("broken"), FILES, False), (Library(), FILES[:-1], False), (Library(), [], False)])
+def test_a_library_that_is_set_otherwise_or_not_whole_is_not_used(found, files, taken, monkeypatch):
+    asked = []
+
+    def open_it(paths):
+        asked.append(paths)
         if isinstance(found, OSError):
             raise found
         return found
 
     monkeypatch.delenv("MINILORA_MKL", raising=False)
-    monkeypatch.setattr(metadata, "files", lambda name: [File()])
-    monkeypatch.setattr(ctypes, "CDLL", open_it)
+    monkeypatch.setattr(metadata, "files", lambda name: [File(name) for name in files])
+    monkeypatch.setattr(mkl, "open_apart", open_it)
     assert (mkl.load() is not None) == taken
+    assert asked == [[f"/nowhere/{FILES[i]}" for i in (1, 3, 4)]] * (files == FILES)
     monkeypatch.setenv("MINILORA_MKL", "0")
     assert mkl.load() is None
+
+
+@pytest.mark.skipif((platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="for Linux on x86-64")
+def test_libraries_opened_apart():
+    for libraries, name in ((["libm.so.6"], "cos"), (["libc.so.6", "libm.so.6"], "tan"), (["libm.so.6", "libc.so.6"], "atoi")):
+        assert hasattr(open_apart(libraries), name)                # each opened by itself: no earlier one is given again
+    assert not hasattr(open_apart(["libc.so.6"]), "cos")
+    with pytest.raises(OSError, match="libnowhere"):
+        open_apart(["libm.so.6", "/nowhere/libnowhere.so"])
 
 
 def test_without_the_package_numpy_multiplies(monkeypatch):
@@ -179,6 +196,19 @@ def test_bits_do_not_depend_on_where_the_arrays_lie():
         moved[0][...], moved[1][...] = x, W
         results.append(mkl.multiply(*moved))
     assert all(np.array_equal(result, results[0]) for result in results)
+
+
+@installed
+def test_no_other_library_of_the_process_sees_it():
+    """Else a PyTorch that is imported later would take inner functions of this MKL for its own."""
+    code = """if True:
+        import ctypes
+        from minilora.backend import numpy_mkl
+        assert numpy_mkl.sgemm
+        for name in ("cblas_sgemm", "mkl_blas_sgemm", "mkl_serv_get_max_threads", "mkl_serv_malloc"):
+            assert not hasattr(ctypes.CDLL(None), name), name
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @installed

@@ -1,17 +1,19 @@
 """float32 products by Intel's MKL, where its package is installed: pip install "minilora[mkl]", on Linux.
 
 NumPy's wheels carry OpenBLAS. On Intel's processors MKL, which PyTorch's wheels carry, multiplies the same blocks in 10 to 20 %
-less time. Only what numpy_fast.py shares out to threads comes here; everything else is NumPy's. The library is asked for its
-sequential form, as the threads are ours, and for bits that do not depend on where in memory an operand lies.
+less time. Only what numpy_fast.py shares out to threads comes here; everything else is NumPy's. The library is taken in its
+sequential form, as the threads are ours, and asked for bits that do not depend on where in memory an operand lies.
 
-MINILORA_MKL=0 in the environment leaves all to NumPy. Set it where PyTorch works in the same process, which our MKL slows down.
+Its usual entrance, libmkl_rt, shows MKL's names to the whole process: a PyTorch imported later would call inner functions of
+this MKL, sequential and of another version, in place of its own. So numpy_elf.py opens its three parts for minilora alone.
+
+MINILORA_MKL=0 in the environment leaves all to NumPy.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import re
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -19,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from .generic import Array
+from .numpy_elf import open_apart
 
 ROWS_FIRST, AS_IT_LIES, TRANSPOSED = 101, 111, 112                 # from <mkl_cblas.h>
-LP64, GNU, SEQUENTIAL, SAME_BITS, DONE = 0, 2, 1, 2, 0             # from <mkl_service.h> and <mkl_types.h>
+PARTS = ("libmkl_intel_lp64.so", "libmkl_sequential.so", "libmkl_core.so")
+SAME_BITS, DONE = 2, 0                                             # from <mkl_service.h> and <mkl_types.h>
 NARROW = 32                                                        # a side of b below which NumPy's own product is as fast
 
 
@@ -30,12 +34,13 @@ def load() -> Callable[..., None] | None:
     if os.environ.get("MINILORA_MKL") == "0":
         return None
     try:
-        files = metadata.files("mkl") or []
-        library: Any = ctypes.CDLL(next(str(file.locate()) for file in files if re.match(r"libmkl_rt\.so\.", file.name)))
-        agreed = (library.MKL_Set_Interface_Layer(LP64) in (LP64, LP64 | GNU)
-                  and library.MKL_Set_Threading_Layer(SEQUENTIAL) == SEQUENTIAL and library.MKL_CBWR_Set(SAME_BITS) == DONE)
+        parts = [os.path.realpath(file.locate()) for file in metadata.files("mkl") or [] if file.name.startswith(PARTS)]
+        if len(parts) != len(PARTS):
+            return None
+        library: Any = open_apart(parts)
+        agreed = library.MKL_Get_Max_Threads() == 1 and library.MKL_CBWR_Set(SAME_BITS) == DONE
         multiplication: Any = library.cblas_sgemm
-    except (metadata.PackageNotFoundError, StopIteration, OSError, AttributeError):
+    except (metadata.PackageNotFoundError, OSError, AttributeError):
         return None
     integer, number, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
     multiplication.argtypes = [integer] * 6 + [number, pointer, integer, pointer, integer, number, pointer, integer]
@@ -43,7 +48,7 @@ def load() -> Callable[..., None] | None:
     return multiplication if agreed else None
 
 
-sgemm = load()                                                     # at import: before any thread and any other user of it
+sgemm = load()                                                     # at import: before any thread
 
 
 def version() -> str | None:

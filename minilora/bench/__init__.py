@@ -114,7 +114,7 @@ def measure(name: str, case: Case, rounds: int) -> tuple[dict[str, Any], dict[st
         with started("start", case, folder, environment) as start:
             start.ask("start")
         with (started("minilora", case, folder, environment) as ours,
-              started("torch", case, folder, environment | {"MINILORA_MKL": "0"}) as theirs):     # ours would slow theirs
+              started("torch", case, folder, environment) as theirs):
             ready, their_ready = ours.ask("prepare"), theirs.ask("prepare")
             if ready["trainable"] != their_ready["trainable"]:
                 raise RuntimeError(f"{name}: minilora trains {ready['trainable']} numbers, PEFT {their_ready['trainable']}: "
