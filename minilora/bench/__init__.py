@@ -22,7 +22,7 @@ from tqdm.std import tqdm
 
 from .. import plots
 from ..backend import get_device, numpy_mkl
-from ..backend.parallel import workers
+from ..backend.parallel import cores, workers
 from ..studies.common import writable_folder, write_json
 from .cases import CASES, QUICK, Case
 from .report import table
@@ -103,7 +103,7 @@ def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         model = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), model)
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    return {"cpu": model, "cores": cores(),
             "threads": workers(), "python": platform.python_version(), "numpy": np.__version__}
 
 

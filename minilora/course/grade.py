@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..backend.parallel import cores
 from . import exercises
 from .exercise import Exercise
 from .runner import plain
@@ -112,7 +113,7 @@ def grade(files: Sequence[Path], registry_of: Callable[[], Mapping[str, Exercise
             return [Row(str(path), "", "broken", "no exercise of the course found in it")]
         return [_row(path, exercise, found, job, seconds) for exercise in registry.values() if exercise.lesson in chosen]
 
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         return GradeReport([row for rows in pool.map(of_file, files) for row in rows])
 
 

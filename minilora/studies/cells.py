@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from joblib import Parallel, delayed, parallel_config
 from tqdm import tqdm
 
 from ..backend import current_device
+from ..backend.parallel import cores
 from .common import Options, cache_folder, say
 
 Row = dict[str, Any]
@@ -81,11 +81,10 @@ def _run(name: str, pending: dict[str, Row], cluster: str | None) -> Iterator[tu
     elif current_device().name != "cpu":                   # one GPU: one process has it
         yield from (run_cell(name, key, cell) for key, cell in pending.items())
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with parallel_config(backend="loky", inner_max_num_threads=1):
             # At least two: joblib works on one job here, with as many threads as there are cores, and then it would round
             # otherwise than a study of several cells does.
-            yield from Parallel(n_jobs=max(2, cores), return_as="generator_unordered")(
+            yield from Parallel(n_jobs=max(2, cores()), return_as="generator_unordered")(
                 delayed(run_cell)(name, key, cell) for key, cell in pending.items())
 
 
