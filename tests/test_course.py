@@ -194,7 +194,8 @@ def test_build_runs_and_writes(folder, capsys):
 @needs_kernel
 @pytest.mark.parametrize(("line", "error", "says"), [
     ("import warnings; warnings.warn('old')", ValueError, "writes to stderr: .*old"),
-    ("a = 1\na / 0", RuntimeError, "cell c009, which begins 'a = 1', failed: ZeroDivisionError: division by zero, in 'a / 0'"),
+    ("a = '-> 3'\na = 1\na / 0", RuntimeError,
+     "cell c009, which begins \"a = '-> 3'\", failed: ZeroDivisionError: division by zero, in 'a / 0'"),
 ])
 def test_build_refuses_what_should_not_be_shown(folder, line, error, says):
     (folder / "src" / "03_tiny.py").write_text(tiny_lessons.SOURCE + f"\n# %%\n{line}\n", encoding="utf-8")

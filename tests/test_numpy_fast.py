@@ -431,7 +431,7 @@ def test_one_worker_keeps_blocks_and_shards_in_the_callers_thread(three):
 
     with pytest.raises(ZeroDivisionError), parallel.one_worker():
         parallel.for_blocks(fn, range(20))
-        assert FAST.shards(8, 1 << 20) == [slice(0, 8)]
+        assert FAST.shards(8, 1 << 20) == [slice(0, 8)] and set(blas_threads()) == {1}
         raise ZeroDivisionError
     assert seen == {threading.get_ident()} and not parallel.working()
     parallel.for_blocks(fn, range(20))

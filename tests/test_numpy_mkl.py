@@ -212,6 +212,21 @@ def test_no_other_library_of_the_process_sees_it():
 
 
 @installed
+def test_an_mkl_that_the_whole_process_sees_is_not_called():
+    """It would multiply in threads of its own, or find no library for them and end the process."""
+    everybodys = next(str(file.locate()) for file in metadata.files("mkl") if file.name.startswith("libmkl_rt.so"))
+    code = """if True:
+        import numpy as np
+        from minilora.backend import numpy_mkl
+        x = np.ones((300, 300), np.float32)
+        assert numpy_mkl.sgemm and (numpy_mkl.multiply(x, x, np.empty_like(x)) == 300).all()
+        mapped = open("/proc/self/maps").read()
+        assert "libmkl_sequential" in mapped and "libmkl_intel_thread" not in mapped
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"LD_PRELOAD": everybodys}, timeout=120)
+
+
+@installed
 def test_three_threads_at_once_in_a_process_without_limits():
     """Each thread's products are its own: nothing in the environment but our count of threads."""
     code = """if True:

@@ -1,14 +1,16 @@
-"""Shared libraries opened for one caller: their functions find each other, and no other library of the process finds them.
+"""Shared libraries opened for one caller: their functions find each other first, and nobody who looks for a name finds them.
 
 For libraries that use each other's functions without naming each other. The loader of Linux looks for a function in what the
-whole process shows (RTLD_GLOBAL), and then among all that the opened library needs. So it is given a library to open that
-consists of needs alone, in the format ELF (System V gABI, chapters 4 and 5): a header, the program headers, the needed names, a
-table of symbols with only its null entry, and the dynamic section, which says where these are.
+whole process shows (RTLD_GLOBAL) and among all that the opened library needs, here in the other order (RTLD_DEEPBIND). So it is
+given a library to open that consists of needs alone, in the format ELF (System V gABI, chapters 4 and 5): a header, the program
+headers, the needed names, a table of symbols with only its null entry (and no hash table, as nothing is found in it), and the
+dynamic section, which says where these are. Whoever opens the same files again shares them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 from struct import calcsize, pack
 from tempfile import NamedTemporaryFile
 
@@ -20,11 +22,14 @@ END, NEEDED, NAMES, SYMBOLS, SIZE_OF_NAMES, SIZE_OF_A_SYMBOL = 0, 1, 5, 6, 10, 1
 
 
 def open_apart(libraries: list[str]) -> ctypes.CDLL:
-    """The functions of these shared libraries (paths; Linux on x86-64). OSError if one is missing or lacks a function."""
+    """The functions of these shared libraries (paths; Linux on x86-64, with glibc).
+
+    Raises OSError if one is missing or lacks a function, and without a folder for temporary files.
+    """
     with NamedTemporaryFile(suffix=".so") as file:                 # only its name must be new: the loader keeps what it read
         file.write(_needing(libraries))
         file.flush()
-        return ctypes.CDLL(file.name)
+        return ctypes.CDLL(file.name, os.RTLD_LOCAL | os.RTLD_DEEPBIND)
 
 
 def _needing(libraries: list[str]) -> bytes:
@@ -32,7 +37,7 @@ def _needing(libraries: list[str]) -> bytes:
     names, needs = b"\0", []
     for library in libraries:
         needs.append((NEEDED, len(names)))
-        names += library.encode() + b"\0"
+        names += os.fsencode(library) + b"\0"
     names += bytes(-len(names) % 8)
     symbols = bytes(24)
     at_names = calcsize(HEADER) + 3 * calcsize(SEGMENT)

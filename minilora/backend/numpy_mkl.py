@@ -5,7 +5,7 @@ less time. Only what numpy_fast.py shares out to threads comes here; everything 
 sequential form, as the threads are ours, and asked for bits that do not depend on where in memory an operand lies.
 
 Its usual entrance, libmkl_rt, shows MKL's names to the whole process: a PyTorch imported later would call inner functions of
-this MKL, sequential and of another version, in place of its own. So numpy_elf.py opens its three parts for minilora alone.
+this MKL, sequential and of another version, in place of its own. So numpy_elf.py opens its three parts out of PyTorch's sight.
 
 MINILORA_MKL=0 in the environment leaves all to NumPy.
 """
@@ -30,7 +30,7 @@ NARROW = 32                                                        # a side of b
 
 
 def load() -> Callable[..., None] | None:
-    """cblas_sgemm of the installed package; None without one, or if it does not agree to be set as we need it."""
+    """cblas_sgemm of the installed package; None without one, if it does not open, or if it is not set as we need it."""
     if os.environ.get("MINILORA_MKL") == "0":
         return None
     try:

@@ -26,7 +26,7 @@ _own = threading.local()  # what each thread has for itself: `working`, inside f
 
 
 def cores() -> int:
-    """How many cores this process may use: those of its affinity, no more than the CPU quota of its container."""
+    """How many cores this process may use, as joblib counts them: by affinity and by its container's CPU quota, rounded up."""
     import joblib  # here, as it takes 0.1 s
 
     return joblib.cpu_count()
@@ -74,13 +74,14 @@ def working() -> bool:
 
 @contextmanager
 def one_worker() -> Iterator[None]:
-    """All that the caller does in the block runs in its own thread: for measurements that no number of cores may change."""
+    """for_blocks, and a model's rows, stay in the caller's thread, and BLAS too: for measurements that no cores may change."""
     before = working()
-    _own.working = True
-    try:
-        yield
-    finally:
-        _own.working = before
+    with one_blas_thread():
+        _own.working = True
+        try:
+            yield
+        finally:
+            _own.working = before
 
 
 def in_order(fn: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:

@@ -119,7 +119,7 @@ def execute(notebook: Notebook, folder: Path, *, quick: bool = False) -> None:
             ran = [cell for cell in node.cells if cell.cell_type == "code" and cell.execution_count]
             said = f"{error.ename}: {error.evalue}" if isinstance(error, CellExecutionError) else str(error)
             which = f"cell {ran[-1].id}, which begins {ran[-1].source.splitlines()[0]!r}," if ran else "the kernel"
-            arrow = re.search(r"-> \d+ (.*)", re.sub(r"\x1b\[[\d;]*m", "", getattr(error, "traceback", "")))    # colours aside
+            arrow = re.search(r"(?m)^-+> \d+ (.*)", re.sub(r"\x1b\[[\d;]*m", "", getattr(error, "traceback", "")))
             where = f", in {arrow[1].strip()!r}" if arrow else ""
             raise RuntimeError(f"{which} failed: {said.strip()}{where}") from None
     for cell, ran in zip(notebook["cells"], node.cells, strict=True):
